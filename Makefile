@@ -1,0 +1,12 @@
+# Every target sets itself up on a fresh clone; the work is in scripts/.
+.PHONY: demo test lint
+
+demo test lint: .venv/installed
+	scripts/$@
+
+.venv/installed: requirements.txt pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet uv
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --requirements requirements.txt
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --editable .
+	touch $@

@@ -1,0 +1,137 @@
+"""The command line of a recipe: one dataclass is its flags, its YAML keys and its help.
+
+`--config file.yaml` gives values, flags win over them, an unknown option is an error in either. `--help`
+shows the recipe's own options and the training options people use; `--help-all` shows everything that
+transformers' Trainer takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import diffusers
+import transformers
+from transformers import TrainingArguments
+from trl import TrlParser
+from yaml import YAMLError
+
+from prefopt.records import InputError
+
+Config = TypeVar("Config")
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+
+COMMON_OPTIONS = {
+    "bf16",
+    "dataloader_num_workers",
+    "fp16",
+    "gradient_accumulation_steps",
+    "activation_checkpointing",
+    "learning_rate",
+    "logging_steps",
+    "lr_scheduler_type",
+    "max_steps",
+    "num_train_epochs",
+    "optim",
+    "output_dir",
+    "per_device_train_batch_size",
+    "push_to_hub",
+    "report_to",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_total_limit",
+    "seed",
+    "torch_compile",
+    "warmup_steps",
+}
+
+
+class Parser(TrlParser):
+    """trl's parser with a short help, and errors in place of tracebacks."""
+
+    def __init__(self, config_class: Any, **kwargs: Any):
+        self.config_class = config_class
+        super().__init__(config_class, **kwargs)
+
+    def print_help(self, file=None) -> None:
+        """Print the options people use, or with --help-all every option."""
+        if "--help-all" not in sys.argv:
+            shown = {field.name for field in _own_fields(self.config_class)} | COMMON_OPTIONS | {"help"}
+            for action in self._actions:
+                if action.dest not in shown:
+                    action.help = argparse.SUPPRESS
+        super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, without a usage text of a hundred lines."""
+        raise InputError(message)
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        """Take a file's values as a flag's are taken: through the option's type, from among its choices."""
+        for action in self._actions:
+            value = values.get(action.dest)
+            if value is None:
+                continue
+            if action.choices and value not in action.choices:
+                raise InputError(
+                    f"{action.dest} is {value!r}; choose from {', '.join(map(str, action.choices))}"
+                )
+            if action.nargs == "+" and not isinstance(value, list):
+                values[action.dest] = [value]
+            elif isinstance(value, int | float):
+                values[action.dest] = str(value)  # argparse converts a default that is text
+        return super().set_defaults_with_config(**values)
+
+
+def parse(config_class: type[Config], arguments: list[str] | None = None) -> Config:
+    """The config that the command line (`arguments`, or sys.argv) and its `--config` file describe."""
+    description = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
+    parser = Parser(config_class, description=description, allow_abbrev=False)
+    parser.add_argument("--help-all", action="help", help="show every option, the Trainer's own included")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file with values for these options")
+    try:
+        return parser.parse_args_and_config(
+            _with_one_config(sys.argv[1:] if arguments is None else arguments)
+        )[0]
+    except (ValueError, OSError, TypeError, YAMLError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(str(error)) from error
+
+
+def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
+    """Parse the command line and call `main`; bad input ends in one message and exit code 2, Ctrl-C 130."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("httpx", "datasets", "huggingface_hub", "fsspec"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for loading_bars in (diffusers.utils.logging, transformers.utils.logging):
+        loading_bars.disable_progress_bar()
+    try:
+        main(parse(config_class))
+    except InputError as error:
+        logging.getLogger(__name__).debug("bad input", exc_info=True)
+        sys.exit(_say(f"error: {error}", BAD_INPUT))
+    except KeyboardInterrupt as interrupt:
+        sys.exit(_say(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", INTERRUPTED))
+
+
+def _with_one_config(arguments: list[str]) -> list[str]:
+    """The arguments with `--config=file` as two words, which is how trl's parser looks for them."""
+    words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    if words.count("--config") > 1 or words[-1:] == ["--config"]:
+        raise InputError("--config takes one YAML file")
+    return words
+
+
+def _say(message: str, code: int) -> int:
+    print(message, file=sys.stderr, flush=True)
+    return code
+
+
+def _own_fields(config_class: type) -> list[dataclasses.Field]:
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return [field for field in dataclasses.fields(config_class) if field.name not in inherited]

@@ -1,0 +1,1 @@
+"""Text-to-image diffusion models: loading, encoding, noising, scoring, sampling."""

@@ -1,0 +1,274 @@
+"""Encode once: what the frozen VAE and text encoders make of a dataset, kept on disk and never made in the
+step.
+
+Kept are the VAE's posterior moments by the image's SHA-256 (mean and log-variance, so that sampling stays
+exact, for the image and for its mirror image where flips are drawn) and the text embeddings by prompt. The
+crop is the centre one: it is the same at every visit, so it can be kept.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from prefopt.draws import draw
+from prefopt.records import InputError, Table
+from prefopt.store import TensorStore, content_key, tensors_key
+
+SMALLEST = 16  # pixels of the shorter side under which an image is taken to be broken
+MIRRORED = "-mirrored"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Prepared(NamedTuple):
+    """An image ready for the VAE."""
+
+    pixels: Tensor  # (3, resolution, resolution), in [-1, 1]
+    sizes: Tensor  # (6,) height and width: original, of the crop's top left, and target: SDXL's conditioning
+
+
+def prepare_image(content: bytes, where: str, resolution: int) -> Prepared:
+    """Decode, turn upright, resize the shorter side to `resolution` and crop the centre.
+
+    SDXL's size conditioning (arXiv 2307.01952, section 2.2) is this image's own. An image that cannot be
+    decoded, or whose shorter side is under 16 pixels, is an InputError that says `where`.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{where}: {len(content)} bytes that are no readable image ({error})") from error
+    width, height = image.size
+    if min(width, height) < SMALLEST:
+        raise InputError(f"{where}: an image of {width} x {height} pixels; the shorter side needs {SMALLEST}")
+    scale = resolution / min(width, height)
+    resized = image.resize(
+        (max(resolution, round(width * scale)), max(resolution, round(height * scale))),
+        Image.Resampling.LANCZOS,
+    )
+    left, top = (resized.width - resolution) // 2, (resized.height - resolution) // 2
+    cropped = np.asarray(resized.crop((left, top, left + resolution, top + resolution)), dtype=np.float32)
+    pixels = torch.from_numpy(cropped).permute(2, 0, 1) / 127.5 - 1
+    return Prepared(
+        pixels, torch.tensor([height, width, top, left, resolution, resolution], dtype=torch.float32)
+    )
+
+
+@dataclass
+class Encoder:
+    """The frozen parts of a pipeline, encoding into stores under `cache_dir`; each process its share."""
+
+    pipeline: DiffusionPipeline
+    cache_dir: Path
+    resolution: int
+    batch_size: int = 8
+    threads: int = 4
+
+    @torch.no_grad()
+    def images(self, table: Table, *, mirrored: bool) -> TensorStore:
+        """The moments of every image of the table: `mean`, `logvar` (C, h, w) in float32, `sizes` (6,)."""
+        vae = self.pipeline.vae
+        identity = {
+            "VAE weights": tensors_key(vae.state_dict()),
+            "resolution": str(self.resolution),
+            "dtype": str(vae.dtype),
+        }
+        store = TensorStore(self.cache_dir / "images", identity)
+        places = {}  # key -> the row and candidate where the image is first seen
+        for row, keys in enumerate(table.facts["sha256"]):
+            for candidate, key in enumerate(keys):
+                places.setdefault(key, (row, candidate))
+        last = (
+            MIRRORED if mirrored else ""
+        )  # the mirror image is written with the image, so it tells for both
+        missing = [key for key in _share(places) if key + last not in store]
+
+        def prepare(key: str) -> Prepared:
+            row, candidate = places[key]
+            where = f"{table.where(row)}, column {table.facts[row]['columns'][candidate]}"
+            return prepare_image(table.images(row)[candidate], where, self.resolution)
+
+        batches = _batched(missing, self.batch_size)
+        with ThreadPoolExecutor(self.threads) as pool, _progress(len(missing), "encoding images") as bar:
+            for keys, images in zip(batches, _ahead(pool, prepare, batches), strict=True):
+                store.write(self._moments(keys, images, mirrored))
+                bar.update(len(keys))
+        return _shared(store)
+
+    def _moments(
+        self, keys: Sequence[str], images: Sequence[Prepared], mirrored: bool
+    ) -> dict[str, dict[str, Tensor]]:
+        vae = self.pipeline.vae
+        pixels = torch.stack([image.pixels for image in images]).to(vae.device, vae.dtype)
+        entries = {}
+        for suffix, batch in (("", pixels), (MIRRORED, pixels.flip(-1)))[: 2 if mirrored else 1]:
+            moments = vae.encode(batch).latent_dist
+            for i, (key, image) in enumerate(zip(keys, images, strict=True)):
+                mean, logvar = moments.mean[i].float().cpu(), moments.logvar[i].float().cpu()
+                if not torch.isfinite(mean).all():
+                    raise InputError(
+                        f"the VAE makes values that are not finite in {vae.dtype}; use float32 or bfloat16"
+                    )
+                entries[key + suffix] = {"mean": mean, "logvar": logvar, "sizes": image.sizes}
+        return entries
+
+    @torch.no_grad()
+    def prompts(self, prompts: Iterable[str]) -> TensorStore:
+        """Each prompt and the empty one encoded: `embeddings` (tokens, width), SDXL `pooled` (width,)."""
+        parts = {
+            f"{name}.{key}": value
+            for name in ("text_encoder", "text_encoder_2")
+            if getattr(self.pipeline, name, None) is not None
+            for key, value in getattr(self.pipeline, name).state_dict().items()
+        }
+        identity = {
+            "text encoder weights": tensors_key(parts),
+            "dtype": str(self.pipeline.text_encoder.dtype),
+        }
+        store = TensorStore(self.cache_dir / "prompts", identity)
+        texts = {content_key(text): text for text in dict.fromkeys(["", *prompts])}
+        missing = store.missing(_share(texts))
+        with _progress(len(missing), "encoding prompts") as bar:
+            for keys in _batched(missing, self.batch_size):
+                store.write(self._embeddings(keys, [texts[key] for key in keys]))
+                bar.update(len(keys))
+        return _shared(store)
+
+    def _embeddings(self, keys: Sequence[str], texts: list[str]) -> dict[str, dict[str, Tensor]]:
+        encoded = self.pipeline.encode_prompt(
+            texts, device=self.pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        # SD answers (embeddings, negative), SDXL (embeddings, negative, pooled, negative pooled).
+        values = {"embeddings": encoded[0]} | ({"pooled": encoded[2]} if len(encoded) == 4 else {})
+        # SDXL samples unconditionally from zeros, so an empty caption is trained as zeros.
+        zeros = bool(self.pipeline.config.get("force_zeros_for_empty_prompt", False))
+        return {
+            key: {
+                name: (value[i] * 0 if zeros and not text else value[i]).cpu()
+                for name, value in values.items()
+            }
+            for i, (key, text) in enumerate(zip(keys, texts, strict=True))
+        }
+
+
+class EncodedCandidates(Dataset):
+    """Examples of a table from its stored encodings; `dataset[(index, visit)]` is a pure function of both and
+    the seed.
+
+    An example is latents (k, C, h, w) with the best candidate first, noise (C, h, w), time (), conditioning,
+    item and visit. All candidates share the draw, the sample of the posterior and the flip.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        images: TensorStore,
+        prompts: TensorStore,
+        *,
+        scaling: tuple[float, float],
+        seed: int,
+        flip_probability: float = 0.0,
+        drop_probability: float = 0.0,
+    ):
+        self.table, self.images, self.prompts = table, images, prompts
+        self.scaling, self.seed = scaling, seed
+        self.flip_probability, self.drop_probability = flip_probability, drop_probability
+        first = images[table.facts[0]["sha256"][0]]["mean"]
+        channels, height, width = first.shape
+        self.shape = (channels, height, width)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Everything that an example depends on, for what is computed from it and kept."""
+        prompts, hashes = self.table.facts["prompt"], self.table.facts["sha256"]
+        facts = "\n".join(f"{prompt!r} {keys}" for prompt, keys in zip(prompts, hashes, strict=True))
+        chances = f"seed {self.seed}, flip {self.flip_probability}, caption drop {self.drop_probability}"
+        encodings = {**self.images.identity, **self.prompts.identity, "scaling": str(self.scaling)}
+        return {"rows": content_key(facts), "draws": chances, **encodings}
+
+    def where(self, index: int) -> str:
+        """What an error calls the example `index`."""
+        return self.table.where(index)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index_and_visit: tuple[int, int]) -> dict[str, Any]:
+        index, visit = index_and_visit
+        fact = self.table.facts[index]
+        chance = draw(
+            self.seed,
+            index,
+            visit,
+            shape=self.shape,
+            flip_probability=self.flip_probability,
+            drop_probability=self.drop_probability,
+        )
+        moments = [self.images[key + (MIRRORED if chance.flip else "")] for key in fact["sha256"]]
+        latent_noise, (shift, factor) = torch.from_numpy(chance.latent_noise), self.scaling
+        latents = [m["mean"] + (0.5 * m["logvar"]).exp() * latent_noise for m in moments]
+        conditioning = self.prompts[content_key("" if chance.drop_caption else fact["prompt"])]
+        if "pooled" in conditioning:
+            conditioning["sizes"] = torch.stack([m["sizes"] for m in moments])
+        return {
+            "latents": (torch.stack(latents) - shift) * factor,
+            "noise": torch.from_numpy(chance.noise),
+            "time": torch.tensor(chance.time),
+            "conditioning": conditioning,
+            "item": index,
+            "visit": visit,
+        }
+
+
+def scaling_of(pipeline: DiffusionPipeline) -> tuple[float, float]:
+    """The (shift, factor) that turn a VAE's latents into the denoiser's: (latents - shift) * factor."""
+    config = pipeline.vae.config
+    return float(config.get("shift_factor") or 0.0), float(config.scaling_factor)
+
+
+def _batched(keys: list[str], size: int) -> list[list[str]]:
+    return [keys[start : start + size] for start in range(0, len(keys), size)]
+
+
+def _share(keys: Iterable[str]) -> list[str]:
+    state = PartialState()
+    return sorted(keys)[state.process_index :: state.num_processes]
+
+
+def _shared(store: TensorStore) -> TensorStore:
+    PartialState().wait_for_everyone()
+    store.refresh()
+    return store
+
+
+def _progress(total: int, what: str) -> tqdm:
+    return tqdm(total=total, desc=what, disable=total == 0 or not PartialState().is_local_main_process)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], batches: Iterable[Sequence[Item]]
+) -> Iterator[list[Result]]:
+    """Apply a function to every item of every batch, two batches ahead of whoever takes the results."""
+    waiting: deque[list[Future[Result]]] = deque()
+    for batch in batches:
+        waiting.append([pool.submit(function, item) for item in batch])
+        if len(waiting) > 2:
+            yield [future.result() for future in waiting.popleft()]
+    while waiting:
+        yield [future.result() for future in waiting.popleft()]

@@ -1,0 +1,1 @@
+"""Comparison of models on the same prompts and seeds, and its report."""

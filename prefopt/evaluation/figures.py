@@ -1,0 +1,185 @@
+"""Figures as inline SVG, in the colours of the page's CSS: they follow its light, dark and print styles."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from prefopt.evaluation.words import metric_name
+
+# matplotlib knows no CSS: it draws in these stand-ins, which are replaced in the SVG's text.
+INK, RULE, WIN, TIE, LOSS = "#010203", "#010204", "#010205", "#010206", "#010207"
+_STYLES = {
+    INK: "currentColor",
+    RULE: "var(--rule)",
+    WIN: "var(--win)",
+    TIE: "var(--tie)",
+    LOSS: "var(--loss)",
+}
+_LINES = (WIN, LOSS, TIE, INK)
+
+_WIDTH = 4.4  # inches; narrow, so that the type stays legible on a phone
+_RC: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "prefopt",
+    "text.parse_math": False,  # a system may be named $x$
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": RULE,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+}
+_PANELS = (  # training curves: title, and the metrics drawn in it
+    ("loss", ("loss",)),
+    ("implicit accuracy", ("rewards/accuracies",)),
+    ("reward margin", ("rewards/margins",)),
+    ("error of winner (line) and loser (dashed)", ("error/chosen", "error/rejected")),
+)
+
+
+class Drawing(NamedTuple):
+    """A figure for a page."""
+
+    title: str  # plain text
+    svg: str  # an <svg> element, its texts escaped
+
+
+def win_bars(contrasts: Sequence[Mapping], metric: str) -> Drawing:
+    """Wins, ties and losses of every system against the first, as shares of all pairs."""
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(_WIDTH, 0.65 + 0.42 * len(contrasts)), layout="constrained")
+        axes = figure.subplots()
+        counts = {
+            kind: np.array([contrast["metrics"][metric]["wins"][kind] for contrast in contrasts])
+            for kind in ("wins", "ties", "losses")
+        }
+        left, total = np.zeros(len(contrasts)), np.sum(list(counts.values()), axis=0)
+        for (kind, count), colour in zip(counts.items(), (WIN, TIE, LOSS), strict=True):
+            bars = axes.barh(
+                range(len(contrasts)), count / total, left=left, color=colour, label=kind, height=0.62
+            )
+            labels = [str(n) if n / t > 0.05 else "" for n, t in zip(count, total, strict=True)]
+            axes.bar_label(bars, labels, label_type="center", color="white", fontsize=8)
+            left = left + count / total
+        axes.axvline(0.5, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
+        axes.set_yticks(range(len(contrasts)), [_short(contrast["system"]) for contrast in contrasts])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+        axes.grid(False)
+        axes.tick_params(length=0)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
+    against = contrasts[0]["against"]
+    return _svg(figure, f"wins-{metric}", f"Wins, ties and losses against {against} by {metric_name(metric)}")
+
+
+def scale_curve(contrasts: Sequence[Mapping], scales: Sequence[float], metric: str, kind: str) -> Drawing:
+    """An adapter's mean at several scales; bars: interval of its difference to the first system (dashed)."""
+    factor = 100 if kind == "proportion" else 1
+    order = np.argsort(scales)
+    entries = [contrasts[i]["metrics"][metric] for i in order]
+    mean = factor * np.array([entry["mean"] for entry in entries])
+    gap = factor * np.array(
+        [[entry["difference"][end] for end in ("mean", "low", "high")] for entry in entries]
+    )
+    spread = np.stack([gap[:, 0] - gap[:, 1], gap[:, 2] - gap[:, 0]])
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(_WIDTH, 2.5), layout="constrained")
+        axes = figure.subplots()
+        axes.axhline(factor * entries[0]["mean_against"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.errorbar(
+            np.array(scales)[order],
+            mean,
+            spread,
+            color=WIN,
+            marker="o",
+            markersize=4,
+            capsize=3,
+            linewidth=1.4,
+        )
+        axes.set_xlabel("LoRA scale")
+        axes.set_ylabel(metric_name(metric) + (" (%)" if kind == "proportion" else ""))
+        axes.grid(False, axis="x")
+    return _svg(figure, f"scale-{metric}", f"{metric_name(metric)} against LoRA scale")
+
+
+def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Drawing]:
+    """Loss, implicit accuracy, margin and errors, a colour for each run; long runs are smoothed."""
+    logged = {metric for lines in runs.values() for line in lines for metric in line}
+    return [_panel(title, metrics, runs) for title, metrics in _PANELS if logged & set(metrics)]
+
+
+def _panel(title: str, metrics: Sequence[str], runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Drawing:
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(_WIDTH, 2.0), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, lines) in enumerate(runs.items()):
+            for style, metric in zip(("-", (0, (3, 2))), metrics, strict=False):
+                colour = _LINES[i % len(_LINES)]
+                _curve(
+                    axes, lines, metric, color=colour, linestyle=style, label=name if style == "-" else None
+                )
+        if "rewards/accuracies" in metrics:
+            axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel("step")
+        if len(runs) > 1:
+            handles, labels = axes.get_legend_handles_labels()
+            figure.legend(
+                handles, [_short(label) for label in labels], loc="outside upper right", ncols=len(runs)
+            )
+    return _svg(figure, f"training-{metrics[0]}", f"Training: {title}")
+
+
+def _curve(axes: Axes, lines: Sequence[Mapping[str, float]], metric: str, **style) -> None:
+    points = np.array([(line["step"], line[metric]) for line in lines if metric in line], dtype=float)
+    if len(points) == 0:
+        return
+    window = max(1, len(points) // 40)
+    if window > 1:
+        axes.plot(*points.T, **{**style, "label": None}, linewidth=0.5, alpha=0.35)
+        points = np.stack(
+            [np.convolve(column, np.ones(window) / window, mode="valid") for column in points.T], axis=1
+        )
+    axes.plot(*points.T, **style, linewidth=1.4)
+
+
+def _short(name: str, most: int = 18) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _svg(figure: Figure, name: str, title: str) -> Drawing:
+    """The figure's <svg> element: sized by the page, named for screen readers, its ids its own."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_RC):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    prefix = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    for stand_in, style in _STYLES.items():
+        text = text.replace(stand_in, style)
+    head, rest = text.split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    return Drawing(title, f'{head} role="img" aria-label="{html.escape(title, quote=True)}">{rest}')

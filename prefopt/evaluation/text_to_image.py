@@ -1,0 +1,275 @@
+"""Text-to-image systems on the same prompts and the same seeds: draw, score, and say what differs.
+
+Everything is kept by content. An image's key holds the weights, the adapter and its scale, the prompt, the
+seed and the sampler's settings; a score's key holds the image's key and the scorer's identity. A rerun, after
+a crash or with one more system, draws and scores only what is new. With several processes each draws its
+share; they must share the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm.auto import tqdm
+
+from prefopt.diffusion.sampling import (
+    MODEL_FILE,
+    adapter_file,
+    load_pipeline,
+    pipeline_folder,
+    sample,
+    set_adapter_scale,
+)
+from prefopt.evaluation.summary import summarise
+from prefopt.records import InputError
+from prefopt.store import content_key, write_atomically, writing
+
+# Images and their prompts to one number each (n,), or to several named ones; booleans are read as right or
+# wrong. A scorer with an attribute `identity` (a string that changes with its weights) has its scores kept;
+# others are asked anew each run.
+Scorer = Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray | Mapping[str, np.ndarray]]
+Scores = dict[str, float | bool]  # metric -> score of one image
+
+_WEIGHT_FILES = (".json", ".safetensors", ".txt", ".model")
+_SCORED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class System:
+    """One column of the comparison: a model, and a LoRA adapter at a scale if one is named."""
+
+    name: str
+    model: str
+    adapter: str | None = None
+    scale: float = 1.0
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What decides an image beside model, prompt and seed; sizes in pixels, None: the model's own."""
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One image to draw."""
+
+    system: System
+    prompt: str
+    seed: int
+
+
+def compare(
+    systems: Sequence[System],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    scorers: Mapping[str, Scorer],
+    output_dir: str | Path,
+    *,
+    sampler: Sampler,
+    tie: float = 0.01,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    batch_size: int = 8,
+) -> dict:
+    """Draw and score all (system, prompt, seed); write images, results.jsonl, summary.json; return the last.
+
+    Every other system is set against the first. Raises InputError for fewer than two systems or prompts, or
+    repeated ones.
+    """
+    _check(systems, prompts, seeds, scorers)
+    state = processes()
+    folder = Path(output_dir)
+    with writing(folder):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+    settings = asdict(sampler) | {"dtype": str(dtype).removeprefix("torch.")}
+    identity = {system.name: system_identity(system) for system in systems}
+    keys = {  # in the order of the table
+        (system.name, prompt, seed): content_key(json.dumps([identity[system.name], prompt, seed, settings]))
+        for system in systems
+        for prompt in prompts
+        for seed in seeds
+    }
+    by_name = {system.name: system for system in systems}
+    jobs: dict[str, _Job] = {}  # the base and an adapter at scale 0 share their images
+    for (name, prompt, seed), key in keys.items():
+        jobs.setdefault(key, _Job(by_name[name], prompt, seed))
+    with state.split_between_processes(list(jobs)) as mine:
+        own = {key: jobs[key] for key in cast(list[str], mine)}
+        _draw(own, folder, sampler, dtype, torch.device(device or state.device or "cpu"), batch_size)
+        scored = _score(own, folder, scorers)
+    scores: dict[str, Scores] = dict(gather_object(list(scored.items())))
+    rows = [
+        {"system": name, "prompt": prompt, "seed": seed, "image": f"images/{key}.webp", "scores": scores[key]}
+        for (name, prompt, seed), key in keys.items()
+    ]
+    described = {system.name: {**asdict(system), "identity": identity[system.name]} for system in systems}
+    summary = summarise(rows, described, settings, tie)
+    if state.is_main_process:
+        with writing(folder):
+            write_atomically(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    state.wait_for_everyone()
+    return summary
+
+
+def processes() -> PartialState:
+    """Which of how many processes this is; without `cpu`, those on CPUs would each believe to be one."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def system_identity(system: System) -> dict[str, str | float | None]:
+    """Who draws: SHA-256 of the model's files and of the adapter's, and the scale; at 0 the model itself."""
+    folder = pipeline_folder(system.model, revision=system.revision)
+    components = [part for part in json.loads((folder / MODEL_FILE).read_text()) if (folder / part).is_dir()]
+    files = [
+        path
+        for part in components
+        for path in sorted((folder / part).rglob("*"))
+        if path.suffix in _WEIGHT_FILES
+    ]
+    lines = [f"{path.relative_to(folder)} {_file_key(path)}" for path in [folder / MODEL_FILE, *files]]
+    adapter = _file_key(adapter_file(system.adapter)) if system.adapter is not None else None
+    weighs = adapter is not None and system.scale != 0
+    return {
+        "model": content_key("\n".join(lines)),
+        "adapter": adapter if weighs else None,
+        "scale": system.scale if weighs else None,
+    }
+
+
+def _file_key(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(systems: Sequence[System], prompts: Sequence[str], seeds: Sequence[int], scorers: Mapping) -> None:
+    for what, items, least in (
+        ("systems", [s.name for s in systems], 2),
+        ("prompts", prompts, 2),
+        ("seeds", seeds, 1),
+    ):
+        if len(items) < least:
+            raise InputError(f"a comparison needs {least} {what} or more, not {len(items)}")
+        if len(set(items)) < len(items):
+            twice = next(item for item in items if list(items).count(item) > 1)
+            raise InputError(f"{twice!r} is named twice among the {what}; name each once")
+    if not scorers:
+        raise InputError("a comparison needs a scorer")
+
+
+def _draw(
+    jobs: Mapping[str, _Job],
+    folder: Path,
+    sampler: Sampler,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_size: int,
+) -> None:
+    """Draw the images that are not there yet, one system after the other."""
+    missing = {key: job for key, job in jobs.items() if not _image_path(folder, key).exists()}
+    pipeline, loaded = None, None
+    progress = tqdm(total=len(missing), desc="images", unit="image", disable=not missing or _quiet())
+    for system in dict.fromkeys(job.system for job in missing.values()):
+        keys = [key for key, job in missing.items() if job.system == system]
+        adapter = system.adapter if system.scale != 0 else None
+        if loaded != (system.model, system.revision, adapter):
+            pipeline = None  # the last system's memory goes before the next one's comes
+            pipeline = load_pipeline(
+                system.model, adapter=adapter, revision=system.revision, dtype=dtype, device=device
+            )
+            loaded = (system.model, system.revision, adapter)
+        assert pipeline is not None
+        if adapter is not None:
+            set_adapter_scale(pipeline, system.scale)
+        images = sample(
+            pipeline,
+            [missing[key].prompt for key in keys],
+            [missing[key].seed for key in keys],
+            batch_size=batch_size,
+            **asdict(sampler),
+        )
+        for key, image in zip(keys, images, strict=True):
+            _save(image, _image_path(folder, key))
+            progress.update()
+    progress.close()
+
+
+def _image_path(folder: Path, key: str) -> Path:
+    return folder / "images" / f"{key}.webp"
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    """Write lossless WebP whole or not at all; method 0 is several times faster than PNG."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        image.save(partial, format="WEBP", lossless=True, method=0)
+        os.replace(partial, path)
+
+
+def _score(jobs: Mapping[str, _Job], folder: Path, scorers: Mapping[str, Scorer]) -> dict[str, Scores]:
+    """Scores of each image by each scorer, those kept from earlier runs and the new ones."""
+    known = _known_scores(folder.glob("scores-*.jsonl"))
+    scores: dict[str, Scores] = {key: {} for key in jobs}
+    with (folder / f"scores-{processes().process_index:05d}.jsonl").open("a") as file:
+        for name, scorer in scorers.items():
+            identity = getattr(scorer, "identity", None)
+            kept = {key: known[key, identity] for key in jobs if (key, identity) in known}
+            missing = [key for key in jobs if key not in kept]
+            for start in tqdm(
+                range(0, len(missing), _SCORED_AT_ONCE), desc=name, disable=not missing or _quiet()
+            ):
+                batch = missing[start : start + _SCORED_AT_ONCE]
+                images = [Image.open(_image_path(folder, key)).convert("RGB") for key in batch]
+                values = scorer(images, [jobs[key].prompt for key in batch])
+                kept |= dict(zip(batch, _by_image(values, len(batch), name), strict=True))
+                if identity is not None:
+                    lines = [{"image": key, "scorer": identity, "scores": kept[key]} for key in batch]
+                    # Newlines first: a line that a killed run left half written stays alone.
+                    file.write("".join("\n" + json.dumps(line) for line in lines))
+            for key, values in kept.items():
+                scores[key] |= {f"{name}/{part}" if part else name: value for part, value in values.items()}
+    return scores
+
+
+def _by_image(values: np.ndarray | Mapping[str, np.ndarray], count: int, name: str) -> list[Scores]:
+    """A scorer's answer as one mapping per image; the part of a lone number is ''."""
+    parts = values if isinstance(values, Mapping) else {"": values}
+    for part, numbers in parts.items():
+        if np.shape(numbers) != (count,):
+            raise ValueError(
+                f"the scorer {name} gave {np.shape(numbers)} for {part or 'its score'}, not ({count},)"
+            )
+    return [{part: np.asarray(numbers)[i].item() for part, numbers in parts.items()} for i in range(count)]
+
+
+def _known_scores(files: Iterable[Path]) -> dict[tuple[str, str | None], Scores]:
+    known = {}
+    for file in files:
+        for line in file.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # empty, or what a killed run was writing
+            known[entry["image"], entry["scorer"]] = entry["scores"]
+    return known
+
+
+def _quiet() -> bool:
+    return not processes().is_main_process

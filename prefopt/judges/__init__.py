@@ -1,0 +1,1 @@
+"""Judges: what gives an image, beside its prompt, a number."""

@@ -1,0 +1,96 @@
+"""The CLIP score: 100 times the cosine of image and prompt embedding (arXiv 2104.08718, not clamped)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CLIPModel, CLIPProcessor
+
+from prefopt import pocket
+from prefopt.records import InputError
+from prefopt.store import content_key, tensors_key
+
+logger = logging.getLogger(__name__)
+
+
+class ClipScorer:
+    """Scores images against their prompts with a CLIP of a folder, a hub id or `pocket`; safetensors only.
+
+    A prompt longer than the text encoder's window is cut at its end, and the log says how many were. Each
+    unique prompt is embedded once in the scorer's life. `identity` names the weights, for caches of scores.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str = "pocket",
+        revision: str | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 32,
+    ):
+        name = pocket.resolve(str(model_name_or_path), "clip")
+        try:
+            revision = revision or "main"
+            # Any: transformers' annotations of what these hold are wider than what CLIP returns.
+            model: Any = CLIPModel.from_pretrained(name, revision=revision, use_safetensors=True)
+            processor: Any = CLIPProcessor.from_pretrained(name, revision=revision)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(
+                f"{name} cannot be read as a CLIP of safetensors with its processor: {error}"
+            ) from error
+        self.model = model.float().eval().to(device)
+        self.processor = processor
+        self.device = device
+        self.batch_size = batch_size
+        self.identity = content_key(
+            f"clip {tensors_key(self.model.state_dict())} {processor.to_json_string()}"
+        )
+        self._text: dict[str, Tensor] = {}  # prompt -> unit embedding (d,)
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        """Scores (n,) float32, in -100..100, of n images, each against the prompt at its place."""
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"{len(images)} images but {len(prompts)} prompts: each image is scored against its own"
+            )
+        self._embed([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text])
+        scores = np.empty(len(images), dtype=np.float32)
+        for start in range(0, len(images), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            text = torch.stack([self._text[prompt] for prompt in prompts[batch]])
+            scores[batch] = (100 * (self._image_features(images[batch]) * text).sum(-1)).cpu().numpy()
+        return scores
+
+    @torch.no_grad()
+    def _image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = self.processor.image_processor(
+            [image.convert("RGB") for image in images], return_tensors="pt"
+        )
+        output = self.model.get_image_features(pixel_values=pixels["pixel_values"].to(self.device))
+        return torch.nn.functional.normalize(output.pooler_output, dim=-1)
+
+    @torch.no_grad()
+    def _embed(self, prompts: list[str]) -> None:
+        """Keep the unit embedding of each prompt."""
+        tokenizer, window = self.processor.tokenizer, self.model.config.text_config.max_position_embeddings
+        if prompts:
+            whole = tokenizer(prompts, truncation=False, verbose=False)["input_ids"]
+            if cut := sum(len(tokens) > window for tokens in whole):
+                logger.warning(
+                    "%d of %d prompts are longer than CLIP's %d tokens: cut", cut, len(prompts), window
+                )
+        for start in range(0, len(prompts), self.batch_size):
+            batch = prompts[start : start + self.batch_size]
+            tokens = tokenizer(
+                batch, padding="max_length", truncation=True, max_length=window, return_tensors="pt"
+            )
+            output = self.model.get_text_features(**tokens.to(self.device))
+            features = torch.nn.functional.normalize(output.pooler_output, dim=-1)
+            self._text.update(zip(batch, features, strict=True))

@@ -1,0 +1,181 @@
+"""What surrounds a training run: its config.json and metrics.jsonl, weight averaging, stopping on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from prefopt.store import write_atomically
+
+LIBRARIES = (
+    "prefopt",
+    "torch",
+    "transformers",
+    "diffusers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that matter, and the working tree's commit if there is one."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    if not shutil.which("git"):
+        return found
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found | ({"commit": commit.stdout.strip()} if commit.returncode == 0 else {})
+
+
+def write_config(folder: Path, args: TrainingArguments, **more: Any) -> None:
+    """config.json: every option as it was resolved, the versions, and what else the run says about itself."""
+    config = {**more, "versions": versions(), "options": args.to_dict()}
+    write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+
+
+class MetricsFile:
+    """metrics.jsonl: one object for each log; on resuming, the lines after the checkpoint's step go."""
+
+    def __init__(self, folder: Path, *, after: int):
+        self.path = folder / "metrics.jsonl"
+        kept = self.path.read_text().splitlines() if after and self.path.exists() else []
+        whole = [line for line in kept if line.endswith("}")]  # a killed run, or a full disk, tears the last
+        lines = [line for line in whole if json.loads(line)["step"] <= after]
+        write_atomically(self.path, "".join(line + "\n" for line in lines))
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """Append one line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+class Progress(ProgressCallback):
+    """transformers' progress bar, with one short line a log; everything else is in metrics.jsonl."""
+
+    SHOWN = (
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "error/chosen",
+        "error/rejected",
+        "learning_rate",
+    )
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Write the figures that one follows while a run goes on."""
+        if (
+            state.is_world_process_zero
+            and self.training_bar is not None
+            and logs
+            and "train_runtime" not in logs
+        ):
+            values = {name.removeprefix("eval_"): value for name, value in logs.items()}
+            figures = [f"{name} {values[name]:.4g}" for name in self.SHOWN if name in values]
+            kind = "evaluation, " if "eval_loss" in logs else ""
+            self.training_bar.write(f"{kind}step {state.global_step}: {', '.join(figures)}")
+
+
+class Ema(TrainerCallback):
+    """An exponential moving average of the trained weights, kept through resuming; `decay` in (0, 1)."""
+
+    FILE = "ema.safetensors"
+
+    def __init__(self, decay: float):
+        self.update = get_ema_multi_avg_fn(decay)
+        self.average: dict[str, torch.Tensor] = {}
+        self.resume_from: str | None = None
+
+    def on_train_begin(self, args, state, control, *, model, **kwargs) -> None:
+        """Start from the current weights, or from the checkpoint's average."""
+        self.average = {name: value.detach().clone() for name, value in _trained(model).items()}
+        if self.resume_from:
+            for name, value in load_file(Path(self.resume_from, self.FILE)).items():
+                self.average[name].copy_(value)
+
+    def on_step_end(self, args, state, control, *, model, **kwargs) -> None:
+        """Move the average towards the weights that the optimizer has just written."""
+        trained = _trained(model)
+        self.update(
+            list(self.average.values()), [trained[name].detach() for name in self.average], state.global_step
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the average beside a checkpoint's weights."""
+        save_file(self.average, Path(folder, self.FILE))
+
+    @contextmanager
+    def applied(self, model: torch.nn.Module) -> Iterator[None]:
+        """The model with the averaged weights, for saving; the trained ones are put back on leaving."""
+        trained = _trained(model)
+        kept = {name: value.detach().clone() for name, value in trained.items()}
+        try:
+            for name, value in self.average.items():
+                trained[name].data.copy_(value)
+            yield
+        finally:
+            for name, value in kept.items():
+                trained[name].data.copy_(value)
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
+
+    Processes agree on the step: whichever received the signal, all stop after the same one.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT over while training."""
+        previous = signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt("at once, without a new checkpoint")
+        self.received = True
+        os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Ask for a checkpoint and the end of training once any process was interrupted."""
+        if self.accelerator.num_processes > 1:
+            if self.received:
+                self.accelerator.set_trigger()
+            self.received = self.accelerator.check_trigger()
+        if self.received:
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,138 @@
+"""Tensors kept on disk by content: what a frozen model computed once and need not compute again.
+
+A store is a folder of safetensors shards and one `identity.json`, which says what the values depend on
+(weights, resolution, dtype). Shards are written whole and renamed into place, so a killed run leaves only
+finished ones, and any number of processes may write side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prefopt.records import InputError
+
+
+def content_key(content: bytes | str) -> str:
+    """The SHA-256 of bytes, or of a text's UTF-8, in hexadecimal."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def tensors_key(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 over names, dtypes, shapes and bytes: who some weights are, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Turn a failure to write (a full disk, a missing permission) into an InputError that names `what`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch reports a full disk as a RuntimeError of its writer; others are not about the disk.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise InputError(
+            f"could not write {what}: {error}. Free some space, or name another folder"
+        ) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, sees the old content or the new, nothing between."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def claim(folder: Path, identity: Mapping[str, object], *, what: str, option: str) -> None:
+    """Say in a folder's identity.json what its content depends on; InputError if that says something else.
+
+    `what` the folder is called in the message, `option` names the flag that chooses another one.
+    """
+    path = folder / "identity.json"
+    if not path.exists():
+        write_atomically(path, json.dumps(identity, indent=2, sort_keys=True))
+        return
+    found = json.loads(path.read_text())
+    for name in sorted(found.keys() | identity.keys()):
+        if found.get(name) != identity.get(name):
+            raise InputError(
+                f"the {what} {folder} does not fit this run: its {name} is {found.get(name)}, this "
+                f"run's is {identity.get(name)}. Name another {option}, or delete that folder."
+            )
+
+
+class TensorStore:
+    """Named tensors by content key, on disk; opening a store of another identity is an InputError."""
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, str]):
+        self.folder = Path(folder)
+        self.identity = dict(identity)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            claim(self.folder, self.identity, what="cache", option="--cache_dir")
+        self._shard_of: dict[str, Path] = {}
+        self._open: dict[Path, safe_open] = {}
+        self.refresh()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shard_of
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def __getitem__(self, key: str) -> dict[str, Tensor]:
+        if key not in self._shard_of:
+            raise KeyError(f"{key} is not in the cache {self.folder}")
+        shard = self._shard_of[key]
+        if shard not in self._open:
+            self._open[shard] = safe_open(shard, framework="pt")
+        handle = self._open[shard]
+        return {name: handle.get_tensor(f"{key}/{name}") for name in self._names(handle)}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}  # an open file does not travel to a spawned worker
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The keys not yet stored, each once, in their order."""
+        return [key for key in dict.fromkeys(keys) if key not in self._shard_of]
+
+    def write(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Store one shard of entries; every entry of a store has the same names."""
+        names = sorted(next(iter(entries.values())))
+        tensors = {
+            f"{key}/{name}": entry[name].clone(memory_format=torch.contiguous_format)
+            for key, entry in entries.items()
+            for name in names
+        }
+        shard = self.folder / f"{content_key(' '.join(sorted(entries)))[:32]}.safetensors"
+        partial = shard.with_name(f".{shard.name}.{os.getpid()}")
+        with writing(self.folder):
+            save_file(tensors, partial, metadata={"names": " ".join(names)})
+            os.replace(partial, shard)
+        self._shard_of.update(dict.fromkeys(entries, shard))
+
+    def refresh(self) -> None:
+        """Read the shards' indices again, other processes' among them."""
+        known = set(self._shard_of.values())
+        for shard in sorted(set(self.folder.glob("[!.]*.safetensors")) - known):
+            with safe_open(shard, framework="pt") as handle:
+                keys = {name.split("/", 1)[0] for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            self._shard_of.update(dict.fromkeys(keys, shard))
+
+    @staticmethod
+    def _names(handle: safe_open) -> list[str]:
+        return handle.metadata()["names"].split()

@@ -1,0 +1,237 @@
+"""How many pairs a second a step of Diffusion-DPO trains: encoding in the step, against encodings that are kept.
+
+    python scripts/bench/diffusion_dpo.py --size half-sd15
+    python scripts/bench/diffusion_dpo.py --size sdxl --batch 4 --dtype bfloat16
+
+Three steps take turns in one run, on the same model, LoRA, batch and precision:
+  plain            VAE and text encoder in the step, reference computed in the step: what today's scripts do
+  kept encodings   latents and embeddings from the store on disk, reference computed in the step
+  kept reference   the same, with the reference's scores from the store as well
+The plain step is given decoded pixels, so reading images counts for neither side. Prints JSON; the figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from shapes import RESOLUTION, build
+from torch.utils.data import DataLoader
+
+from prefopt.adapters import LoraArguments, lora_config, reference
+from prefopt.diffusion.denoiser import ATTENTION, Denoiser
+from prefopt.diffusion.latents import EncodedCandidates, Encoder, prepare_image, scaling_of
+from prefopt.diffusion.training import denoising_scores
+from prefopt.draws import draw
+from prefopt.losses import Pair, dpo_loss
+from prefopt.records import Table, read_pairs
+from prefopt.runs import versions
+
+BETA = 2500.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Bench:
+    """The three steps and everything they share."""
+
+    def __init__(self, size: str, batch: int, dtype: str, device: torch.device, folder: Path):
+        self.batch, self.device, self.resolution = batch, device, RESOLUTION[size]
+        self.autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+        self.pipeline = build(size)
+        self.table = random_pairs(folder / "pairs", 4 * batch, self.resolution)
+        for part in ("vae", "text_encoder", "text_encoder_2"):
+            module = getattr(self.pipeline, part, None)
+            if module is not None:
+                module.requires_grad_(False).eval().to(device, DTYPES[dtype])
+        self.denoiser = Denoiser(self.pipeline)
+        self.denoiser.unet.to(DTYPES[dtype])
+        self.denoiser.add_lora(lora_config(LoraArguments(), ATTENTION))
+        self.denoiser.to(device).train()
+        trained = [p for p in self.denoiser.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        encoder = Encoder(self.pipeline, folder / "cache", self.resolution, batch_size=2)
+        self.examples = EncodedCandidates(
+            self.table,
+            encoder.images(self.table, mirrored=False),
+            encoder.prompts(self.table.facts["prompt"]),
+            scaling=scaling_of(self.pipeline),
+            seed=0,
+        )
+        images = [self.table.images(row) for row in range(len(self.table))]
+        self.pixels = [
+            torch.stack([prepare_image(image, "bench", self.resolution).pixels for image in pair])
+            for pair in images
+        ]
+        self.stored = [self._reference(self._kept(step)).cpu() for step in range(4)]
+
+    def plain(self, step: int) -> None:
+        """Encode, score, score the reference, and take an optimizer step."""
+        rows = self._rows(step)
+        pixels = torch.stack([self.pixels[row] for row in rows]).to(self.device, self.pipeline.vae.dtype)
+        with torch.no_grad():
+            moments = self.pipeline.vae.encode(pixels.flatten(0, 1)).latent_dist
+            shift, factor = scaling_of(self.pipeline)
+            latents = (moments.sample().float() - shift) * factor
+            conditioning = self._encode_prompts([self.table.facts[row]["prompt"] for row in rows])
+        draws = [draw(0, row, 0, shape=self.examples.shape) for row in rows]
+        inputs = {
+            "latents": latents.unflatten(0, (self.batch, 2)),
+            "noise": torch.from_numpy(np.stack([one.noise for one in draws])),
+            "time": torch.tensor(np.array([one.time for one in draws])),
+            "conditioning": conditioning,
+        }
+        inputs = moved(inputs, self.device)
+        self._train(inputs, self._reference(inputs))
+
+    def kept_encodings(self, step: int) -> None:
+        """The same from the stores, with the reference computed."""
+        inputs = self._kept(step)
+        self._train(inputs, self._reference(inputs))
+
+    def kept_reference(self, step: int) -> None:
+        """The same from the stores, the reference's scores included."""
+        self._train(self._kept(step), self.stored[step % 4].to(self.device))
+
+    def _rows(self, step: int) -> range:
+        return range(step % 4 * self.batch, (step % 4 + 1) * self.batch)
+
+    def _kept(self, step: int) -> dict[str, Any]:
+        order = [(row, 0) for row in self._rows(step)]
+        return moved(next(iter(DataLoader(self.examples, self.batch, sampler=order))), self.device)
+
+    def _encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        encoded = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
+        if len(encoded) == 2:
+            return {"embeddings": encoded[0]}
+        sizes = torch.tensor([self.resolution, self.resolution, 0, 0, self.resolution, self.resolution])
+        return {"embeddings": encoded[0], "pooled": encoded[2], "sizes": sizes.expand(self.batch, 2, 6)}
+
+    def _reference(self, inputs: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad(), reference(self.denoiser) as model, self.autocast:
+            return denoising_scores(model, inputs)
+
+    def _train(self, inputs: dict[str, Any], reference_scores: torch.Tensor) -> None:
+        with self.autocast:
+            policy = denoising_scores(self.denoiser, inputs)
+        pair, other = Pair(*policy.unbind(1)), Pair(*reference_scores.unbind(1))
+        dpo_loss(pair, other, beta=BETA).losses.mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def random_pairs(folder: Path, count: int, resolution: int) -> Table:
+    """Pairs of random images of the resolution."""
+    chance = np.random.default_rng(0)
+
+    def image() -> dict[str, Any]:
+        file = io.BytesIO()
+        pixels = chance.integers(0, 256, (resolution, resolution, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file, "WEBP", lossless=True, method=0)
+        return {"bytes": file.getvalue(), "path": None}
+
+    columns = {side: [image() for _ in range(count)] for side in ("chosen", "rejected")}
+    features = Features({"prompt": Value("string"), "chosen": ImageFeature(), "rejected": ImageFeature()})
+    prompts = [f"two red elephants in the snow, number {row}" for row in range(count)]
+    folder.mkdir()
+    Dataset.from_dict({"prompt": prompts, **columns}, features).to_parquet(folder / "train.parquet")
+    return read_pairs(str(folder))
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors of nested dicts on a device."""
+    if isinstance(value, dict):
+        return {name: moved(part, device) for name, part in value.items()}
+    return value.to(device)
+
+
+@contextmanager
+def peak_memory(device: torch.device, into: list[float]) -> Iterator[None]:
+    """Append the highest memory in use in GiB: the device's, or on a CPU the process's, sampled."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield
+        into.append(torch.cuda.max_memory_allocated(device) / 2**30)
+        return
+    process, done, seen = psutil.Process(), threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            seen.append(process.memory_info().rss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+    into.append(max(seen) / 2**30)
+
+
+def measure(bench: Bench, repeats: int) -> dict[str, Any]:
+    """Seconds a step and peak memory of the three steps, taking turns."""
+    steps: dict[str, Callable[[int], None]] = {
+        "plain": bench.plain,
+        "kept encodings": bench.kept_encodings,
+        "kept reference": bench.kept_reference,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    memory: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            with peak_memory(bench.device, memory[name]):
+                start = time.perf_counter()
+                step(turn)
+                if bench.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - start)
+    medians = {
+        name: statistics.median(taken[1:]) for name, taken in seconds.items()
+    }  # the first turn warms up
+    return {
+        "pairs_per_second": {name: round(bench.batch / median, 3) for name, median in medians.items()},
+        "times_faster_than_plain": {
+            name: round(medians["plain"] / median, 3) for name, median in medians.items()
+        },
+        "seconds_per_step": {
+            name: [round(value, 4) for value in taken[1:]] for name, taken in seconds.items()
+        },
+        "peak_memory_gib": {name: round(max(peaks[1:]), 2) for name, peaks in memory.items()},
+    }
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=RESOLUTION, default="pocket")
+    parser.add_argument("--batch", type=int, default=1, help="pairs a step")
+    parser.add_argument("--repeats", type=int, default=10, help="turns that count; one more warms up")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options.size, options.batch, options.dtype, device, Path(folder))
+        figures = measure(bench, options.repeats)
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(json.dumps({**vars(options), "device": name, **figures, "versions": versions()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Small random pictures, and tables of them written to folders in every format that is read."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+from tiny import SIZE
+
+PAIRS = datasets.Features(
+    {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
+)
+
+
+def picture(seed: int, width: int = SIZE, height: int = SIZE) -> Image.Image:
+    """Random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """An image file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(seed: int, width: int = SIZE, height: int = SIZE) -> bytes:
+    """A random picture as PNG."""
+    return encoded(picture(seed, width, height))
+
+
+def pair_rows(count: int) -> dict[str, list]:
+    """The columns of `count` pairs, no two images alike."""
+    return {
+        "prompt": [f"prompt {i % 5}" for i in range(count)],
+        "chosen": [cell(png(2 * i)) for i in range(count)],
+        "rejected": [cell(png(2 * i + 1)) for i in range(count)],
+    }
+
+
+def cell(content: bytes | None, path: str | None = None) -> dict:
+    """An image as it lies in a table."""
+    return {"bytes": content, "path": path}
+
+
+def write_table(
+    folder: Path, columns: dict, features: datasets.Features | None = None, name="train.parquet"
+) -> str:
+    """Write columns as one Parquet file; return its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns, features).to_parquet(folder / name)
+    return str(folder)
+
+
+def write_pairs(folder: Path, count: int = 4, **columns: list) -> str:
+    """Write a pairs table, with the given columns in place of, or beside, its own."""
+    features = {name: PAIRS[name] for name in PAIRS} | {
+        name: datasets.Dataset.from_dict({name: values}).features[name]
+        for name, values in columns.items()
+        if name not in ("chosen", "rejected")
+    }
+    return write_table(folder, {**pair_rows(count), **columns}, datasets.Features(features))

@@ -1,0 +1,286 @@
+"""The comparison: same prompts and seeds for all, nothing drawn twice, and a report that can be trusted."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from prefopt.evaluation import text_to_image, words
+from prefopt.evaluation.report import write_report
+from prefopt.evaluation.stats import paired_bootstrap, win_rate
+from prefopt.evaluation.text_to_image import Sampler, System, compare, system_identity
+from prefopt.records import InputError
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "compare_text_to_image.py"
+PROMPTS = ["a red lion", "two <script>alert(1)</script> zebras", "snow & ice"]
+SAMPLER = Sampler(num_inference_steps=2, guidance_scale=2.0)
+
+
+class Brightness:
+    """A scorer with an identity, which counts what it is asked."""
+
+    identity = "brightness 1"
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, images, prompts):
+        self.asked += len(images)
+        return np.array([np.asarray(image).mean() for image in images], dtype=np.float32)
+
+
+def is_bright(images, prompts):
+    bright = np.array([np.asarray(image).mean() > 127 for image in images])
+    return {"red": bright, "all": bright & np.array(["red" in prompt for prompt in prompts])}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    model = tiny.tiny_stable_diffusion(folder / "sd")
+    tiny.tiny_clip(folder / "clip")
+    tiny.tiny_adapter(model, folder / "lora")
+    (folder / "lora" / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": i, "loss": 0.7 - i / 100, "rewards/accuracies": 0.5, "error/chosen": 0.1})
+            + "\n"
+            for i in range(1, 9)
+        )
+    )
+    return folder
+
+
+def systems(models, *scales):
+    base, lora = str(models / "sd"), str(models / "lora")
+    return [System("base", base), *(System(f"dpo at {scale:g}", base, lora, scale) for scale in scales)]
+
+
+@pytest.fixture(scope="module")
+def compared(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    scorers = {"brightness": Brightness(), "bright": is_bright}
+    summary = compare(systems(models, 0, 0.5, 1), PROMPTS, [3, 4], scorers, folder, sampler=SAMPLER)
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return folder, summary, rows
+
+
+def scores(rows, system, metric="brightness"):
+    return np.array([row["scores"][metric] for row in rows if row["system"] == system], dtype=float)
+
+
+def test_every_system_draws_every_prompt_with_every_seed(compared):
+    folder, summary, rows = compared
+    pairs = [(prompt, seed) for prompt in PROMPTS for seed in (3, 4)]
+    for system in ("base", "dpo at 0", "dpo at 0.5", "dpo at 1"):
+        assert [(row["prompt"], row["seed"]) for row in rows if row["system"] == system] == pairs
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert summary["prompts"] == 3 and summary["seeds"] == [3, 4]
+    assert summary["metrics"] == {
+        "brightness": "score",
+        "bright/red": "proportion",
+        "bright/all": "proportion",
+    }
+    assert {"torch", "diffusers", "python"} <= summary["versions"].keys()
+
+
+def test_scale_0_is_the_base_and_shares_its_images(compared):
+    folder, summary, rows = compared
+    images = {name: [row["image"] for row in rows if row["system"] == name] for name in summary["systems"]}
+    assert images["dpo at 0"] == images["base"] and not set(images["dpo at 1"]) & set(images["base"])
+    assert len(list((folder / "images").iterdir())) == 18
+    zero = summary["contrasts"][0]["metrics"]["brightness"]
+    assert zero["wins"]["ties"] == 6 and zero["difference"]["mean"] == 0 and zero["prompts_for_power"] is None
+
+
+def test_the_summary_is_the_statistics_of_the_table(compared):
+    _, summary, rows = compared
+    base, dpo = scores(rows, "base"), scores(rows, "dpo at 1")
+    contrast = summary["contrasts"][2]
+    assert (contrast["system"], contrast["against"]) == ("dpo at 1", "base")
+    entry = contrast["metrics"]["brightness"]
+    assert entry["mean"] == summary["systems"]["dpo at 1"]["means"]["brightness"] == pytest.approx(dpo.mean())
+    expected = paired_bootstrap(dpo, base, groups=np.repeat([1, 2, 0], 2))
+    assert (entry["difference"]["mean"], entry["difference"]["groups"]) == (pytest.approx(expected.mean), 3)
+    assert entry["difference"]["low"] == pytest.approx(expected.low, abs=0.05)
+    wins = win_rate(dpo, base)
+    assert entry["wins"]["wins"] == wins.wins and entry["wins"]["rate"] == wins.rate
+
+
+def test_a_rerun_draws_nothing_and_asks_no_scorer_with_an_identity_again(
+    models, compared, tmp_path, monkeypatch
+):
+    _, summary, _ = compared
+    first = Brightness()
+    compare(systems(models, 1), PROMPTS, [3, 4], {"brightness": first}, tmp_path, sampler=SAMPLER)
+    assert first.asked == 12
+    with (tmp_path / "scores-00000.jsonl").open("a") as file:
+        file.write('\n{"image": "half a li')  # a run killed while writing
+    monkeypatch.setattr(text_to_image, "load_pipeline", lambda *a, **k: pytest.fail("drew again"))
+    again = Brightness()
+    repeated = compare(systems(models, 1), PROMPTS, [3, 4], {"brightness": again}, tmp_path, sampler=SAMPLER)
+    assert again.asked == 0 and repeated["contrasts"][0]["metrics"].keys() == {"brightness"}
+    assert (
+        repeated["systems"]["base"]["means"]["brightness"]
+        == summary["systems"]["base"]["means"]["brightness"]
+    )
+
+
+def test_a_further_system_draws_its_own_images_alone(models, tmp_path):
+    scorer = Brightness()
+    compare(systems(models, 1), PROMPTS[:2], [3], {"b": scorer}, tmp_path, sampler=SAMPLER)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    compare(systems(models, 1, 0.5), PROMPTS[:2], [3], {"b": scorer}, tmp_path, sampler=SAMPLER)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    assert before.items() <= after.items() and len(after) == len(before) + 2 and scorer.asked == 6
+
+
+def test_the_identity_is_the_content_of_the_weights(models, tmp_path):
+    model = System("a", tiny.tiny_stable_diffusion(tmp_path / "x"))
+    other = System("b", tiny.tiny_stable_diffusion(tmp_path / "y", seed=1))
+    assert system_identity(model) == system_identity(System("c", str(models / "sd")))
+    assert system_identity(model) != system_identity(other)
+    lora = System("d", model.model, str(models / "lora"), 0.5)
+    assert system_identity(lora)["model"] == system_identity(model)["model"]
+    assert system_identity(lora) != system_identity(model)
+
+
+def test_what_cannot_be_compared_is_named(models, tmp_path):
+    scorer = {"b": Brightness()}
+    with pytest.raises(InputError, match="2 prompts or more, not 1"):
+        compare(systems(models, 1), PROMPTS[:1], [0], scorer, tmp_path, sampler=SAMPLER)
+    with pytest.raises(InputError, match="'a' is named twice among the prompts"):
+        compare(systems(models, 1), ["a", "b", "a"], [0], scorer, tmp_path, sampler=SAMPLER)
+    with pytest.raises(InputError, match="2 systems or more"):
+        compare(systems(models), PROMPTS, [0], scorer, tmp_path, sampler=SAMPLER)
+    with pytest.raises(InputError, match=r"no summary\.json"):
+        write_report(tmp_path)
+    with pytest.raises(ValueError, match="the scorer odd gave"):
+        compare(
+            systems(models, 1), PROMPTS, [0], {"odd": lambda i, p: np.zeros(1)}, tmp_path, sampler=SAMPLER
+        )
+
+
+def test_the_report_is_one_file_that_escapes_what_it_shows(models, compared):
+    folder, _, _ = compared
+    page = write_report(folder, runs=[models / "lora"]).read_text()
+    assert "<script" not in page and "two &lt;script&gt;alert(1)&lt;/script&gt; zebras" in page
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert not re.findall(r"url\((?!#)|@import|<link|<iframe", page)
+    assert page.count("<svg") == 2 + 2 + 3  # win bars, scale curves, training curves
+    assert len(re.findall(r'\bid="([^"]+)"', page)) == len(set(re.findall(r'\bid="([^"]+)"', page)))
+    assert write_report(folder, runs=[models / "lora"]).read_text() == page
+
+
+def test_hostile_names_of_systems_and_runs_stay_text(models, tmp_path):
+    run = tmp_path / "<img src=x onerror=alert(1)>$x_$"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text((models / "lora" / "metrics.jsonl").read_text())
+    name = '"><script>alert(1)</script>$\\frac$'
+    base, odd = System("base", str(models / "sd")), System(name, str(models / "sd"), str(models / "lora"))
+    compare([base, odd], PROMPTS, [0], {"clip": Brightness()}, tmp_path, sampler=SAMPLER)
+    page = write_report(tmp_path, runs=[run, models / "lora"]).read_text()
+    assert "<script" not in page and "<img src=x" not in page and "CLIP score" in page
+
+
+def test_shown_bounds_the_images(compared):
+    folder, _, _ = compared
+    assert write_report(folder, shown=3).read_text().count("<img") == 3 * 4
+    assert write_report(folder, shown=24).read_text().count("<img") == 6 * 4
+
+
+def test_a_run_without_metrics_is_named(compared, tmp_path):
+    with pytest.raises(InputError, match=r"no metrics\.jsonl"):
+        write_report(compared[0], runs=[tmp_path])
+
+
+def contrast(mean, low, high, prompts_for_power=63):
+    gap = {"mean": mean, "low": low, "high": high, "level": 0.95}
+    return {
+        "mean": 0.41 + mean,
+        "mean_against": 0.41,
+        "difference": gap,
+        "prompts_for_power": prompts_for_power,
+    }
+
+
+def test_figures_are_said_in_words():
+    entry = contrast(0.165, 0.09, 0.241)
+    sentence = words.difference_sentence("oracle/all", "proportion", entry)
+    assert sentence.replace(words.PERCENT, " %").replace(words.ARROW, "->") == (
+        "oracle accuracy 41.0 % -> 57.5 %, +16.5 points, 95 % interval 9.0 to 24.1."
+    )
+    assert words.verdict(entry, 100).startswith("A gain")
+    assert words.verdict(contrast(-0.1, -0.2, -0.01), 100).startswith("A loss")
+    assert "About 2,140 prompts" in words.verdict(contrast(0.01, -0.1, 0.1, 2140), 100)
+    assert words.verdict(contrast(0.0, 0.0, 0.0, None), 100) == "No difference."
+    assert words.change(-0.0001, "score") == "0.00" and words.change(0.0001, "proportion") == "0.0 points"
+    assert words.change(-1.5, "score") == "\N{MINUS SIGN}1.50"
+
+
+def test_a_judge_that_is_pleased_while_the_truth_falls_is_pointed_out():
+    entry = {"metrics": {"clip": contrast(0.1, 0.05, 0.2), "oracle/all": contrast(-0.1, -0.2, -0.05)}}
+    warning = words.disagreement(entry)
+    assert warning is not None and "CLIP score rose while oracle accuracy fell" in warning
+    entry["metrics"]["oracle/all"] = contrast(0.1, -0.2, 0.3)
+    assert words.disagreement(entry) is None
+
+
+def recipe(monkeypatch, *arguments):
+    """Run the recipe in this process, as `python recipes/compare_text_to_image.py` would."""
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments])
+    runpy.run_path(str(RECIPE), run_name="__main__")
+
+
+def test_the_recipe_by_path_in_two_processes_gives_what_one_gives(models, tmp_path, monkeypatch, capsys):
+    flags = ["--model_name_or_path", str(models / "sd"), "--systems", "base", f"dpo={models / 'lora'}"]
+    flags += ["--lora_scales", "0", "1", "--clip_model_name_or_path", str(models / "clip"), "--oracle", "on"]
+    flags += ["--num_inference_steps", "2", "--num_prompts", "4", "--runs", str(models / "lora")]
+    one, two = tmp_path / "one", tmp_path / "two"
+    recipe(monkeypatch, *flags, "--output_dir", str(one))
+    assert "dpo at 1" in capsys.readouterr().out and (one / "report.html").stat().st_size < 1_000_000
+    summary = json.loads((one / "summary.json").read_text())
+    assert summary["metrics"].keys() >= {"clip", "oracle/all", "oracle/animal", "oracle/count"}
+
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29573",
+    ]
+    command = [*launcher, str(RECIPE), *flags, "--output_dir", str(two)]
+    launched = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert launched.returncode == 0, launched.stderr
+    # Each process leaves the scores of its share: both took part.
+    shares = [len((two / f"scores-0000{rank}.jsonl").read_text().split("\n")) for rank in (0, 1)]
+    assert shares[0] == shares[1] > 1
+    tables = [
+        [json.loads(line) for line in (d / "results.jsonl").read_text().splitlines()] for d in (one, two)
+    ]
+    assert [row["image"] for row in tables[0]] == [row["image"] for row in tables[1]]
+    clips = [[row["scores"]["clip"] for row in table] for table in tables]
+    np.testing.assert_allclose(*clips, atol=0.2)  # pixels may differ by the kernels' rounding
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--systems", "base", "dpo=no/such/run"], "no/such/run"),
+        (["--prompts", "no-prompts.txt"], "no-prompts.txt"),
+        (["--no_such_option", "1"], "no_such_option"),
+    ],
+)
+def test_bad_input_ends_with_a_message_and_exit_code_2(models, tmp_path, flags, message, monkeypatch, capsys):
+    given = ["--model_name_or_path", str(models / "sd"), "--clip_model_name_or_path", str(models / "clip")]
+    adapter = ["--systems", "base", f"dpo={models / 'lora'}", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        recipe(monkeypatch, *given, *adapter, *flags)
+    assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,342 @@
+"""Tables on disk: every format that is read, what is dropped with which reason, and what stops the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import datasets
+import pytest
+from pictures import PAIRS, cell, encoded, pair_rows, picture, png, write_pairs, write_table
+from PIL import Image
+
+from prefopt.records import InputError, Table, image_bytes, read_pairs, read_sft
+
+COUNT = 4
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_pairs(table: Table) -> None:
+    """The rows that `pair_rows` makes, with their bytes as they were written."""
+    assert len(table) == COUNT
+    assert table.facts["prompt"][:] == [f"prompt {i}" for i in range(COUNT)]
+    for i in range(COUNT):
+        assert table.images(i) == [png(2 * i), png(2 * i + 1)]
+        assert table.facts[i]["sha256"] == [sha(png(2 * i)), sha(png(2 * i + 1))]
+
+
+# Formats
+
+
+def as_parquet(folder: Path) -> str:
+    return write_pairs(folder, COUNT)
+
+
+def as_shards(folder: Path) -> str:
+    rows = datasets.Dataset.from_dict(pair_rows(COUNT), PAIRS)
+    (folder / "data").mkdir(parents=True)
+    for shard in range(2):
+        rows.select(range(2 * shard, 2 * shard + 2)).to_parquet(
+            folder / "data" / f"train-{shard:05d}-of-00002.parquet"
+        )
+    write_table(folder / "data", pair_rows(1), PAIRS, "test-00000-of-00001.parquet")
+    return str(folder)
+
+
+def as_saved(folder: Path) -> str:
+    datasets.Dataset.from_dict(pair_rows(COUNT), PAIRS).save_to_disk(folder)
+    return str(folder)
+
+
+def as_saved_dict(folder: Path) -> str:
+    rows = datasets.Dataset.from_dict(pair_rows(COUNT), PAIRS)
+    datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk(folder)
+    return str(folder)
+
+
+def as_binary(folder: Path) -> str:
+    """Columns of plain bytes."""
+    rows = pair_rows(COUNT)
+    plain = {name: [image["bytes"] for image in rows[name]] for name in ("chosen", "rejected")}
+    return write_table(folder, {"prompt": rows["prompt"], **plain})
+
+
+def as_imagefolder(folder: Path) -> str:
+    """Image files and a metadata.jsonl; here the prompt is called text."""
+    lines = []
+    for i in range(COUNT):
+        names = {"chosen_file_name": f"{i}-good.png", "rejected_file_name": f"sub/{i}-bad.png"}
+        for side, name in enumerate(names.values()):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(png(2 * i + side))
+        lines.append(json.dumps({**names, "text": f"prompt {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def as_paths(folder: Path) -> str:
+    """Columns of paths, relative to the dataset's folder."""
+    (folder / "images").mkdir(parents=True)
+    for i in range(2 * COUNT):
+        (folder / "images" / f"{i}.png").write_bytes(png(i))
+    sides = {
+        name: [f"images/{2 * i + side}.png" for i in range(COUNT)]
+        for side, name in enumerate(("chosen", "rejected"))
+    }
+    return write_table(folder, {"prompt": pair_rows(COUNT)["prompt"], **sides})
+
+
+def as_preferences(folder: Path) -> str:
+    """As in open-image-preferences: the columns of pairs, among many others."""
+    others = {"chosen_model": ["m"] * COUNT, "evolution": ["quality"] * COUNT, "id": list(range(COUNT))}
+    return write_pairs(folder, COUNT, **others)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        as_parquet,
+        as_shards,
+        as_saved,
+        as_saved_dict,
+        as_binary,
+        as_imagefolder,
+        as_paths,
+        as_preferences,
+    ],
+)
+def test_every_format_reads_alike(tmp_path, write):
+    check_pairs(read_pairs(write(tmp_path / "data")))
+
+
+def test_a_split_is_chosen_by_name(tmp_path):
+    assert len(read_pairs(as_shards(tmp_path / "shards"), split="test")) == 1
+    assert len(read_pairs(as_saved_dict(tmp_path / "dict"), split="test")) == 1
+    with pytest.raises(InputError, match=r"no split 'validation'; it has \['test', 'train'\]"):
+        read_pairs(str(tmp_path / "dict"), split="validation")
+    with pytest.raises(InputError, match=r"no parquet file of a split 'validation'.*test-00000"):
+        read_pairs(str(tmp_path / "shards"), split="validation")
+
+
+def test_held_out_files_are_not_taken_for_training_data(tmp_path):
+    """Neither where no file is named for training, nor by a name that contains the word."""
+    for name in ("validation.parquet", "test-00000-of-00001.parquet"):
+        write_table(tmp_path / "held", pair_rows(1), PAIRS, name)
+    with pytest.raises(InputError, match="no parquet file of a split 'train'"):
+        read_pairs(str(tmp_path / "held"))
+    write_table(tmp_path / "held", pair_rows(2), PAIRS, "pairs.parquet")
+    assert len(read_pairs(str(tmp_path / "held"))) == 2
+    write_table(tmp_path / "held", pair_rows(3), PAIRS, "train-00000-of-00001.parquet")
+    assert len(read_pairs(str(tmp_path / "held"))) == 3
+
+
+def test_single_images_with_prompts(tmp_path):
+    """Guards: captions zipped with sorted files, where one lost image shifts them all."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) for i in (2, 0, 1)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(png(i))
+    table = read_sft(str(folder))
+    found = {fact["prompt"]: fact["sha256"] for fact in table.facts}
+    assert found == {f"picture {i}": [sha(png(i))] for i in range(3)}
+    columns = {"caption": ["a", "b"], "image": [cell(png(0)), cell(png(1))]}
+    features = datasets.Features({"caption": datasets.Value("string"), "image": datasets.Image()})
+    table = read_sft(write_table(tmp_path / "table", columns, features))
+    assert table.facts["prompt"][:] == ["a", "b"] and table.images(1) == [png(1)]
+
+
+def test_pairs_are_read_as_their_chosen_images(tmp_path):
+    table = read_sft(write_pairs(tmp_path / "pairs", COUNT))
+    assert [table.images(i) for i in range(COUNT)] == [[png(2 * i)] for i in range(COUNT)]
+
+
+# Pick-a-Pic
+
+
+def as_pickapic(folder: Path, labels: list[tuple], **more: list) -> str:
+    rows = {
+        "caption": [f"caption {i}" for i in range(len(labels))],
+        "jpg_0": [encoded(picture(2 * i), "JPEG") for i in range(len(labels))],
+        "jpg_1": [encoded(picture(2 * i + 1), "JPEG") for i in range(len(labels))],
+        "label_0": [left for left, _ in labels],
+        "label_1": [right for _, right in labels],
+        "are_different": [True] * len(labels),
+    }
+    return write_table(folder, {**rows, **more})
+
+
+def test_pickapic_the_higher_label_wins(tmp_path):
+    """Guards: label_0 = 0.5 is read as a win for jpg_0."""
+    table = read_pairs(as_pickapic(tmp_path / "p", [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]))
+    jpegs = [encoded(picture(i), "JPEG") for i in range(6)]
+    assert [table.images(i) for i in range(2)] == [[jpegs[0], jpegs[1]], [jpegs[5], jpegs[4]]]
+    assert table.facts["prompt"][:] == ["caption 0", "caption 2"]
+    assert table.dropped == {"tie": 1}
+    assert str(table) == f"{tmp_path / 'p'}: 2 rows (dropped: 1 tie)"
+
+
+def test_pickapic_whole_numbers_and_rows_without_label(tmp_path):
+    folder = as_pickapic(tmp_path / "p", [(1, 0), (0, 0), (1, 0)], has_label=[True, False, False])
+    table = read_pairs(folder)
+    assert len(table) == 1 and table.dropped == {"no label": 2}
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([("1", "0")], "row 0 has the label '1'"),
+        ([(True, False)], "row 0 has the label True"),
+        ([(1.0, 0.0), (math.nan, 1.0)], "row 1 has the label nan"),
+        ([(1.0, 0.0), (1.0, None)], "row 1 has the label None"),
+    ],
+)
+def test_pickapic_labels_are_checked_numbers(tmp_path, labels, said):
+    """Guards: labels read from text files as strings, so that jpg_0 always wins."""
+    with pytest.raises(InputError, match=said):
+        read_pairs(as_pickapic(tmp_path / "p", labels))
+
+
+# Drops
+
+
+def test_what_is_no_preference_is_dropped_and_counted(tmp_path):
+    """Guards: the same image written as winner and loser."""
+    rows = pair_rows(5)
+    rows["rejected"][3] = rows["chosen"][3]
+    folder = write_pairs(tmp_path / "p", 5, margin=[0.5, 0.0, 2.0, 1.0, 0.0], rejected=rows["rejected"])
+    table = read_pairs(folder)
+    assert table.facts["row"][:] == [0, 2]
+    assert table.dropped == {"tie": 2, "same image twice": 1}
+    assert table.where(1) == f"{folder}: row 2", "a row keeps the number that it has in the file"
+    assert table.images(1) == [png(4), png(5)]
+
+
+def test_no_margin_is_no_tie(tmp_path):
+    assert len(read_pairs(write_pairs(tmp_path / "p", 2, margin=[None, 0.1]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("margin", "said"),
+    [
+        (-0.5, "row 1 has the margin -0.5: its rejected image scores higher"),
+        (math.nan, "row 1 has the margin nan; a margin is a finite number"),
+        (math.inf, "row 1 has the margin inf"),
+    ],
+)
+def test_a_margin_that_contradicts_its_pair_stops_the_run(tmp_path, margin, said):
+    with pytest.raises(InputError, match=said):
+        read_pairs(write_pairs(tmp_path / "p", 2, margin=[1.0, margin]))
+
+
+def test_nothing_but_ties_is_an_error(tmp_path):
+    with pytest.raises(InputError, match=r"none of its 3 rows can be used \(3 tie\)"):
+        read_pairs(write_pairs(tmp_path / "p", 3, margin=[0.0] * 3))
+
+
+# What stops the run
+
+
+def image_columns(at: int, side: str, value: dict | None) -> dict[str, list]:
+    rows = pair_rows(3)
+    rows[side][at] = value
+    return {side: rows[side]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (image_columns(1, "rejected", None), "row 1, column rejected has no image; a pair has two"),
+        (image_columns(2, "chosen", cell(b"")), "row 2, column chosen is an image of 0 bytes"),
+        (image_columns(0, "chosen", cell(None, "no.png")), "row 0, column chosen points to no.png"),
+        (image_columns(1, "chosen", cell(None)), "row 1, column chosen"),
+        ({"prompt": [1, 2, 3]}, "row 0 has the prompt 1; a prompt is text"),
+        ({"prompt": ["a", None, "b"]}, "row 1 has the prompt None; a prompt is text"),
+        ({"prompt": [["a"], ["b"], ["c"]]}, r"row 0 has the prompt \['a'\]; a prompt is text"),
+        ({"margin": ["0.1", "0.2", "0.3"]}, "row 0 has the margin '0.1'"),
+    ],
+)
+def test_a_broken_row_is_named(tmp_path, columns, said):
+    folder = write_pairs(tmp_path / "p", 3, **columns)
+    with pytest.raises(InputError, match=said):
+        read_pairs(folder)
+
+
+@pytest.mark.parametrize("lost", ["prompt", "chosen", "rejected"])
+def test_a_missing_column_is_named_beside_those_there(tmp_path, lost):
+    columns = {name: values for name, values in pair_rows(2).items() if name != lost}
+    features = datasets.Features({name: PAIRS[name] for name in columns})
+    with pytest.raises(InputError, match=f"no column '{lost}'; its columns are .*{next(iter(columns))}"):
+        read_pairs(write_table(tmp_path / "p", columns, features))
+
+
+@pytest.mark.parametrize("values", [[1, 2], [0.5, 0.25], [["a"], ["b"]]])
+def test_a_column_that_holds_no_images_is_named(tmp_path, values):
+    rows = {**pair_rows(2), "chosen": values}
+    features = {**PAIRS, "chosen": datasets.Dataset.from_dict({"chosen": values}).features["chosen"]}
+    with pytest.raises(InputError, match="'chosen' holds no images"):
+        read_pairs(write_table(tmp_path / "p", rows, datasets.Features(features)))
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute", "link"])
+def test_a_path_may_not_leave_the_datasets_folder(tmp_path, kind):
+    """A downloaded table must not reach for a user's other files."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(0))
+    folder = tmp_path / "data" / "p"
+    path = {"relative": "../../secret.png", "absolute": str(secret), "link": "link.png"}[kind]
+    write_pairs(folder, 3, **image_columns(1, "chosen", cell(None, path)))
+    (folder / "link.png").symlink_to(secret)
+    with pytest.raises(InputError, match=r"row 1, column chosen points to .*, outside of the dataset's"):
+        read_pairs(str(folder))
+
+
+def test_an_imagefolder_may_not_leave_its_folder(tmp_path):
+    (tmp_path / "secret.png").write_bytes(png(0))
+    folder = Path(as_imagefolder(tmp_path / "p"))
+    line = {"chosen_file_name": "../secret.png", "rejected_file_name": "0-good.png", "text": "x"}
+    (folder / "metadata.jsonl").write_text(json.dumps(line))
+    with pytest.raises(InputError):
+        read_pairs(str(folder))
+
+
+def test_a_table_from_the_hub_reaches_downloads_alone(tmp_path):
+    (tmp_path / "secret.png").write_bytes(png(0))
+    with pytest.raises(InputError, match="outside of the dataset's folder"):
+        image_bytes(cell(None, str(tmp_path / "secret.png")), "hub/name: row 0", inside=None)
+
+
+def test_what_is_no_dataset(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.txt").write_text("nothing here")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "train.parquet").write_bytes(b"PAR1 and no more")
+    rows = datasets.Dataset.from_dict({name: [] for name in PAIRS}, PAIRS)
+    (tmp_path / "rowless").mkdir()
+    rows.to_parquet(tmp_path / "rowless" / "train.parquet")
+    for name, said in {
+        "empty": "is empty: no Parquet, Arrow or image files",
+        "notes": "notes cannot be read as a dataset",
+        "torn": "torn cannot be read as a dataset",
+        "torn/train.parquet": "is a file; name the folder",
+        "rowless": "the split 'train' has no rows",
+        "missing": "no such folder here",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            read_pairs(str(tmp_path / name))
+    with pytest.raises(InputError, match="no dataset 'nobody/nothing': no such folder here"):
+        read_pairs("nobody/nothing")
+
+
+def test_images_are_not_decoded_while_reading(tmp_path, monkeypatch):
+    """Bytes that are no image are found when they are encoded, once, and not on each start."""
+    folder = write_pairs(tmp_path / "p", 3, **image_columns(1, "chosen", cell(b"no image")))
+    monkeypatch.setattr(Image, "open", None)
+    assert read_pairs(folder).images(1)[0] == b"no image"

@@ -1,0 +1,139 @@
+"""Killed, interrupted and split runs: the result is the uninterrupted one's."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, die_at_save, launch
+from test_trainer import losses, setting  # noqa: F401 (a fixture)
+
+from prefopt.cli import INTERRUPTED
+from prefopt.diffusion.sampling import ADAPTER_FILE
+
+DPO = "recipes/diffusion_dpo.py"
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def options(setting) -> dict:  # noqa: F811
+    """A run of twelve steps that keeps a checkpoint every second one."""
+    more = {
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lora_dropout": 0.1,
+        "ema_decay": 0.9,
+    }
+    return {**setting, **more, "per_device_train_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory) -> Path:
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    running = launch(DPO, {**options, "output_dir": folder}, folder.parent / "log")
+    assert running.wait() == 0, running.text()
+    return folder
+
+
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_killed_five_times_the_adapter_is_bit_identical(options, whole, tmp_path):
+    """Guards: data order that is not restored, half-written checkpoints that are resumed from."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    same = {**options, "output_dir": folder, "resume_from_checkpoint": None}
+    seed = random.randrange(1 << 30)
+    chance = random.Random(seed)
+    print(f"moments of seed {seed}")
+    for moment in ("before the first checkpoint", *sorted(chance.sample(range(3, STEPS - 1), 3))):
+        running = launch(DPO, same, log)
+        wanted = 1 if isinstance(moment, str) else moment
+        running.wait_until(lambda wanted=wanted: lines(folder) >= wanted)
+        running.kill()
+
+    checkpoints = set(folder.glob("checkpoint-*"))
+    running = launch(DPO, same, log, functools.partial(die_at_save, 1))
+    assert running.wait() == -9, running.text()
+    assert list((folder / "unfinished").iterdir()), "it died while a checkpoint was being written"
+    assert set(folder.glob("checkpoint-*")) == checkpoints
+
+    running = launch(DPO, same, log)
+    assert running.wait() == 0, running.text()
+    assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
+    assert losses(folder) == losses(whole)
+    assert not (folder / "unfinished").exists()
+    assert running.text().count("resuming from") >= 3
+
+
+def test_ctrl_c_keeps_a_checkpoint(options, whole, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    running = launch(DPO, {**options, "output_dir": folder}, log)
+    running.wait_until(lambda: lines(folder) >= 5)
+    running.interrupt()
+    assert running.wait() == INTERRUPTED, running.text()
+    assert f"checkpoint kept at step {lines(folder) - 1} of {folder}" in running.text()
+    assert (folder / f"checkpoint-{lines(folder) - 1}" / "trainer_state.json").exists()
+    assert not (folder / ADAPTER_FILE).exists()
+
+    running = launch(DPO, {**options, "output_dir": folder, "resume_from_checkpoint": None}, log)
+    assert running.wait() == 0, running.text()
+    assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(options, whole, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    running = launch(DPO, {**options, "output_dir": whole}, tmp_path / "log")
+    assert running.wait() == 2
+    assert f"{whole} holds checkpoint-12 of an earlier run" in running.text()
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_two_processes_give_the_losses_of_one_with_accumulation_two(setting, tmp_path):  # noqa: F811
+    """Guards: every process drawing the same noise; a loss scored past the wrapper that synchronises gradients."""
+    options = {
+        **setting,
+        "per_device_train_batch_size": 2,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
+    one = launch(
+        DPO, {**options, "output_dir": tmp_path / "one", "gradient_accumulation_steps": 2}, tmp_path / "log"
+    )
+    two = {**options, "output_dir": tmp_path / "two", "cache_dir": tmp_path / "cache"}
+    torchrun(DPO, two)
+    assert one.wait() == 0, one.text()
+    arithmetic = json.loads((tmp_path / "two" / "config.json").read_text())["arithmetic"]
+    assert "2 a batch x 1 accumulated x 2 processes = 4 a step" in arithmetic
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-6)
+
+    (tmp_path / "two" / "metrics.jsonl").write_text("")
+    torchrun(DPO, {**two, "resume_from_checkpoint": "latest"})
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one")[4:], abs=1e-6), (
+        "from within an epoch"
+    )
+
+
+def torchrun(script: str, options: dict) -> None:
+    """Launch on two processes. `accelerate launch --cpu --num_processes 2` would start one, so torchrun it is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(ROOT / script), *flags], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

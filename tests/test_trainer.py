@@ -1,0 +1,255 @@
+"""The loop: first losses, splitting of batches, the reference cache, resuming, averaging, interruption."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from tiny import SIZE, tiny_stable_diffusion
+
+from prefopt.adapters import POLICY, REFERENCE, adapter_layers, reference
+from prefopt.diffusion.sampling import ADAPTER_FILE
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+LN2 = math.log(2)
+
+
+def recipe(name: str):
+    """A recipe as a module."""
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_pairs(folder: Path, count: int = 12, seed: int = 0) -> str:
+    """A pairs table of random images, SIZE pixels a side and more."""
+    chance = np.random.default_rng(seed)
+
+    def image() -> PILImage.Image:
+        return PILImage.fromarray(chance.integers(0, 256, (SIZE, SIZE + 4, 3), dtype=np.uint8))
+
+    columns = {"chosen": [image() for _ in range(count)], "rejected": [image() for _ in range(count)]}
+    features = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
+    table = Dataset.from_dict({"prompt": [f"prompt {i % 5}" for i in range(count)], **columns}, features)
+    folder.mkdir()
+    table.to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def setting(tmp_path_factory) -> dict:
+    """Options that every run here shares: a tiny model and twelve pairs, a step of four."""
+    folder = tmp_path_factory.mktemp("setting")
+    return {
+        "model_name_or_path": tiny_stable_diffusion(folder / "model"),
+        "dataset_name": write_pairs(folder / "pairs"),
+        "per_device_train_batch_size": 4,
+        "max_steps": 5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "disable_tqdm": True,
+        "cache_dir": str(folder / "cache"),
+        "flip_probability": 0.5,
+        "drop_probability": 0.2,
+    }
+
+
+def train(setting: dict, folder: Path, name: str = "diffusion_dpo", **options):
+    """Run a recipe's main in this process; its trainer."""
+    module = recipe(name)
+    config = next(
+        value for key, value in vars(module).items() if key in ("DiffusionDPOConfig", "DiffusionSFTConfig")
+    )
+    return module.main(config(**{**setting, "output_dir": str(folder), **options}))
+
+
+def losses(folder: Path, name: str = "loss") -> list[float]:
+    """A metric of a run's steps, in order."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="session")
+def plain_run(setting, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    train(setting, folder)
+    return folder
+
+
+def test_the_first_loss_is_ln_2_in_float32(plain_run):
+    assert losses(plain_run)[0] == pytest.approx(LN2, abs=1e-7)
+    assert losses(plain_run, "rewards/margins")[0] == 0.0
+    assert losses(plain_run, "rewards/accuracies")[0] == 0.5, "a tie counts one half"
+    assert losses(plain_run)[-1] != losses(plain_run)[0]
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"bf16": True, "dtype": "bfloat16"}])
+def test_the_first_loss_is_ln_2_in_bfloat16(setting, tmp_path, options):
+    """Guards: a half-precision copy as the reference, whose logits are 0.4 away from 0 at step 0."""
+    cache = {} if "dtype" not in options else {"cache_dir": str(tmp_path / "cache")}
+    train(setting, tmp_path / "run", max_steps=2, **options, **cache)
+    assert losses(tmp_path / "run")[0] == pytest.approx(LN2, abs=1e-6)
+    assert losses(tmp_path / "run")[1] != pytest.approx(LN2, abs=1e-6)
+
+
+def test_a_batch_may_be_split_over_accumulation(setting, tmp_path):
+    """At a beta of 1, so that the rounding of other batch shapes is not multiplied by the paper's 2500."""
+    train(setting, tmp_path / "whole", beta_dpo=2)
+    train(
+        setting, tmp_path / "split", beta_dpo=2, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+    assert len(set(losses(tmp_path / "whole"))) == 5
+
+
+def test_a_cached_reference_gives_the_live_runs_losses(setting, plain_run, tmp_path):
+    options = {"reference": "cache", "cache_dir": str(tmp_path / "cache")}
+    trainer = train(setting, tmp_path / "run", **options)
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain_run), abs=1e-6)
+    for visit in (0, 1):
+        batch = trainer.data_collator([trainer.train_dataset[item, visit] for item in range(12)])
+        stored = batch.pop("reference")
+        assert stored.dtype == torch.float32 and stored.shape == (12, 2)
+        live = trainer.reference_scores(trainer.model, batch)
+        torch.testing.assert_close(stored, live, atol=1e-5, rtol=0)
+
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "reference").iterdir()}
+    train(setting, tmp_path / "other", loss_type="ipo", **options)
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "reference").iterdir()}
+    assert again == shards, "another loss shares the scores and computes none"
+
+
+def test_visits_repeat_an_items_draws(setting, tmp_path):
+    trainer = train(
+        setting, tmp_path, visits=2, max_steps=12, reference="cache", cache_dir=str(tmp_path / "cache")
+    )
+    steps = list(iter_visits(trainer, epochs=4))
+    assert [visit for _, visit in steps] == [0] * 12 + [1] * 12 + [0] * 12 + [1] * 12
+    assert {item for item, visit in steps if visit == 1} == set(range(12))
+    assert len(trainer.train_dataset.store) == 2, "one block of items, twice visited"
+
+
+def iter_visits(trainer, epochs: int):
+    for epoch in range(epochs):
+        trainer.state.global_step = epoch * trainer.steps_per_epoch
+        yield from trainer._get_train_sampler()
+
+
+def test_full_fine_tuning_keeps_a_frozen_reference(setting, tmp_path):
+    trainer = train(setting, tmp_path / "live", use_peft=False)
+    assert losses(tmp_path / "live")[0] == pytest.approx(LN2, abs=1e-6)
+    train(setting, tmp_path / "cached", use_peft=False, reference="cache", cache_dir=str(tmp_path / "cache"))
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "live"), abs=1e-5)
+    base = load_file(Path(setting["model_name_or_path"], "unet", "diffusion_pytorch_model.safetensors"))
+    frozen = trainer.reference_model.unet.state_dict()
+    assert all(torch.equal(frozen[name], value) for name, value in base.items())
+    assert not all(torch.equal(trainer.model.unet.state_dict()[name], value) for name, value in base.items())
+
+
+def test_dpo_on_a_trained_adapter_compares_with_that_adapter(setting, tmp_path):
+    sft = train(setting, tmp_path / "sft", "diffusion_sft", lora_alpha=4, lora_r=8)
+    dpo = train(setting, tmp_path / "dpo", adapter_name_or_path=str(tmp_path / "sft"))
+    assert losses(tmp_path / "dpo")[0] == pytest.approx(LN2, abs=1e-6)
+    batch = dpo.data_collator([dpo.train_dataset[item, 0] for item in range(4)])
+    compared_with = dpo.reference_scores(dpo.model, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(compared_with, sft.score(sft.model.eval(), batch), atol=1e-6, rtol=0)
+        with reference(sft.model) as base:
+            assert not torch.allclose(compared_with, sft.score(base, batch), atol=1e-6)
+    trained = {name for name, value in dpo.model.named_parameters() if value.requires_grad}
+    assert trained and all(f".{POLICY}." in name for name in trained)
+    assert any(f".{REFERENCE}." in name for name, _ in dpo.model.named_parameters())
+
+
+def test_dropout_acts_on_the_policy_and_never_on_the_reference(setting, tmp_path):
+    """Guards: a switch for dropout that makes LoRA's own dropout dead."""
+    trainer = train(setting, tmp_path, lora_dropout=0.5)
+    batch = trainer.data_collator([trainer.train_dataset[item, 0] for item in range(4)])
+    trainer.model.train()
+    with torch.no_grad():
+        assert not torch.equal(trainer.score(trainer.model, batch), trainer.score(trainer.model, batch))
+    assert torch.equal(
+        trainer.reference_scores(trainer.model, batch), trainer.reference_scores(trainer.model, batch)
+    )
+    assert trainer.model.training
+
+
+def test_reference_restores_everything_after_an_error(setting, tmp_path):
+    model = train(setting, tmp_path, max_steps=1).model.train()
+    before = {name: value.requires_grad for name, value in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="inside"), reference(model):
+        assert not model.training and all(layer.disable_adapters for layer in adapter_layers(model))
+        raise RuntimeError("inside")
+    assert model.training and not any(layer.disable_adapters for layer in adapter_layers(model))
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == before
+
+
+def test_the_saved_model_is_the_moving_average(setting, tmp_path):
+    decay = 0.5
+    runs = [
+        train(setting, tmp_path / f"{steps}", max_steps=steps, lr_scheduler_type="constant")
+        for steps in (1, 2, 3)
+    ]
+    start = {
+        name: torch.zeros_like(value) for name, value in adapter(tmp_path / "1").items() if "lora_B" in name
+    }
+    expected = dict(start)
+    for run in runs:
+        weights = adapter(Path(run.args.output_dir))
+        expected = {name: decay * value + (1 - decay) * weights[name] for name, value in expected.items()}
+    train(setting, tmp_path / "ema", max_steps=3, lr_scheduler_type="constant", ema_decay=decay)
+    saved = adapter(tmp_path / "ema")
+    for name, value in expected.items():
+        torch.testing.assert_close(saved[name], value, atol=1e-7, rtol=1e-5)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / ADAPTER_FILE)
+
+
+def test_metrics_are_those_of_the_design(plain_run):
+    line = json.loads((plain_run / "metrics.jsonl").read_text().splitlines()[1])
+    expected = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+    assert expected | {"error/chosen", "error/rejected", "grad_norm", "learning_rate", "step"} <= line.keys()
+    assert line["rewards/margins"] == pytest.approx(
+        line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6
+    )
+    quartiles = [line.get(f"error/chosen/q{quartile}") for quartile in (1, 2, 3, 4)]
+    present = [value for value in quartiles if value is not None]
+    assert min(present) <= line["error/chosen"] <= max(present)
+
+
+def test_a_run_explains_itself(plain_run):
+    config = json.loads((plain_run / "config.json").read_text())
+    assert config["options"]["beta_dpo"] == 5000.0 and config["options"]["learning_rate"] == 1e-3
+    assert config["about"]["beta"].startswith("2500, ") and "epsilon" in config["about"]["beta"]
+    assert {"python", "torch", "transformers", "diffusers"} <= config["versions"].keys()
+    assert (
+        "12 examples; 4 a batch x 1 accumulated x 1 processes = 4 a step; 3 steps an epoch, 5 in all"
+        in (config["arithmetic"])
+    )
+
+
+@pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"optim": "adamw_bnb_8bit"}])
+def test_memory_savers_train(setting, plain_run, tmp_path, options):
+    if "optim" in options:
+        pytest.importorskip("bitsandbytes")
+    train(setting, tmp_path, max_steps=2, **options)
+    assert losses(tmp_path) == pytest.approx(losses(plain_run)[:2], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_torch_compile_trains_to_the_same_losses(setting, plain_run, tmp_path):
+    train(setting, tmp_path, torch_compile=True)
+    assert losses(tmp_path) == pytest.approx(losses(plain_run), abs=1e-5)
+    assert adapter(tmp_path).keys() == adapter(plain_run).keys()
