@@ -8,7 +8,6 @@ is there. A block's name holds the hash of its prompts and of everything its can
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from datasets import Features, Image, Value
 
 from data_builders.stages import Record, Stage
 from prefopt.records import InputError
-from prefopt.store import claim, content_key, writing
+from prefopt.store import claim, content_key, replacing, writing
 
 CANDIDATES = Features(
     {
@@ -82,13 +81,11 @@ class CandidatesTable:
     def write(self, block: Block, rows: Iterable[Record]) -> None:
         """Write the block's rows, whole or not at all; what else is in the records stays out."""
         table = pa.Table.from_pylist(list(rows), schema=CANDIDATES.arrow_schema)
-        partial = block.file.with_name(f".{block.file.name}.{os.getpid()}")
-        with writing(block.file):
+        with writing(block.file), replacing(block.file) as partial:
             pq.write_table(table, partial)
-            os.replace(partial, block.file)
 
     def read(self, selection: Stage) -> Iterator[Record]:
-        """All rows as `selection` decides on them; a block that had been decided otherwise is written anew."""
+        """All rows as `selection` decides on them; blocks that were decided otherwise are rewritten."""
         for block in self.blocks:
             try:
                 found = pq.read_table(block.file).to_pylist()

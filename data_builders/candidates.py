@@ -115,8 +115,8 @@ def select(min_margin: float, column: str = "clip_score") -> Stage:
     """The stage that selects the best and the worst ranked candidate of each prompt and drops the others.
 
     A prompt gives a pair if the two differ by `min_margin` at least, and at all, and in their pixels; of
-    two bests the first counts, of two worsts the last. Guards against AGFSync's pairs of an image with itself.
-    What an earlier selection decided is decided anew, so records read from disk may pass.
+    two bests the first counts, of two worsts the last. Guards against AGFSync's pairs of an image with
+    itself. What an earlier selection decided is decided anew, so records read from disk may pass.
     """
 
     def stage(records: Iterable[Record]) -> Iterator[Record]:

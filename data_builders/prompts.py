@@ -45,7 +45,7 @@ def lines(file: Path) -> Iterator[str]:
 
 
 def pocket_captions(seed: int) -> list[str]:
-    """All captions of the training scenes; each scene comes once, in some phrasing, before any comes again."""
+    """All captions of the training scenes; each scene comes once before any comes again."""
     chance, scenes = np.random.default_rng(seed), train_scenes()
     first = chance.integers(PHRASINGS, size=len(scenes))
     return [

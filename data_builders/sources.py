@@ -39,7 +39,7 @@ class Source:
         return {"model": self.model, "model_revision": self.revision, "adapter": self.adapter}
 
     def identity(self) -> Record:
-        """What an image depends on beside its prompt and seed: SHA-256 of model and adapter, and the settings."""
+        """What an image depends on beside prompt and seed: SHA-256 of the weights, and settings."""
         who = system_identity(System("", self.model, self.adapter, self.adapter_scale, self.revision))
         return {
             "model_identity": who["model"],

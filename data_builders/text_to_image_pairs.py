@@ -67,7 +67,6 @@ class TextToImagePairsConfig:
     )
     batch_size: int = field(default=32, metadata={"help": "Images drawn at once."})
     block_size: int = field(default=8, metadata={"help": "Prompts written together: what a crash costs."})
-    threads: int = field(default=4, metadata={"help": "Threads that encode images."})
     clip_model_name_or_path: str = field(
         default="pocket", metadata={"help": "CLIP that scores: a folder, a hub id or pocket."}
     )
@@ -79,14 +78,7 @@ class TextToImagePairsConfig:
     output_dir: str = field(default="data/pairs", metadata={"help": "Where the dataset goes."})
 
     def __post_init__(self) -> None:
-        ones = (
-            "num_prompts",
-            "num_inference_steps",
-            "batch_size",
-            "block_size",
-            "threads",
-            "shard_megabytes",
-        )
+        ones = ("num_prompts", "num_inference_steps", "batch_size", "block_size", "shard_megabytes")
         for name, smallest in {"candidates": 2, "min_margin": 0, **dict.fromkeys(ones, 1)}.items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= smallest):
@@ -98,14 +90,17 @@ class TextToImagePairsConfig:
                 raise InputError(f"--{name} is {value}; it is a multiple of 8")
         if self.prompts is None and self.model_name_or_path != POCKET:
             raise InputError("--prompts is missing: name a text file, one prompt a line")
+        self.prompts = self.prompts or POCKET
+        if self.prompts == POCKET:
+            self.num_prompts = self.num_prompts or 160
 
 
 def main(config: TextToImagePairsConfig) -> None:
     """Draw and judge the blocks that are missing, then write the pairs of all."""
     start = perf_counter()
-    # A process that is done waits for the last one, however long that one's blocks take.
-    state = PartialState(timeout=timedelta(days=7))
-    texts = read_prompts(config.prompts or POCKET, config.num_prompts, config.seed)
+    # Without `cpu`, processes on CPUs would each believe to be the only one. One that is done waits for the last.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
+    texts = read_prompts(str(config.prompts), config.num_prompts, config.seed)
     sampler = Sampler(config.num_inference_steps, config.guidance_scale, config.height, config.width)
     source = Source(
         config.model_name_or_path,
@@ -162,7 +157,7 @@ def draw_blocks(
         stages = [
             expand(config.candidates, config.seed),
             draw(source.load(clip.device), source.sampler, config.batch_size),
-            encode(config.threads, ahead=2 * config.batch_size),
+            encode(threads=4, ahead=2 * config.batch_size),
             score(clip, config.batch_size),
             rank,
             select(config.min_margin),

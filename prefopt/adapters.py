@@ -38,7 +38,11 @@ class LoraArguments:
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r) (arXiv 2312.03732)."})
     adapter_name_or_path: str | None = field(
-        default=None, metadata={"help": "A trained adapter to start from; it becomes the reference, too."}
+        default=None,
+        metadata={
+            "help": "A trained adapter to start from, with its own rank, alpha, dropout and layers; "
+            "it becomes the reference, too."
+        },
     )
 
 

@@ -75,6 +75,10 @@ class Table:
         """What an error calls the row `index`."""
         return f"{self.source}: row {self.facts[index]['row']}"
 
+    def column(self, name: str) -> list:
+        """A column of `facts`, read at once: row by row, a million take minutes."""
+        return _column(self.facts, name)
+
     def images(self, index: int) -> list[bytes]:
         """The encoded images of the row `index`, best first."""
         fact = self.facts[index]
@@ -194,12 +198,12 @@ def _margin_order(row: dict, where: str) -> tuple[tuple[str, ...], str]:
 
 def _pickapic_order(row: dict, where: str) -> tuple[tuple[str, ...], str]:
     """The same for Pick-a-Pic: the higher label wins; a tie has the label 0.5 twice."""
+    if not row.get("has_label", True):
+        return PICKAPIC[:2], "no label"
     left, right = row["label_0"], row["label_1"]
     for label in (left, right):
         if isinstance(label, bool) or not isinstance(label, Real) or not math.isfinite(label):
             raise InputError(f"{where} has the label {label!r}; labels are numbers: 0, 0.5 or 1")
-    if not row.get("has_label", True):
-        return PICKAPIC[:2], "no label"
     return ("jpg_0", "jpg_1") if left > right else ("jpg_1", "jpg_0"), "tie" if left == right else ""
 
 
@@ -233,11 +237,17 @@ def _checked(rows: Dataset, source: str, images: tuple[str, ...], order: Callabl
     facts = rows.map(
         check, with_indices=True, remove_columns=rows.column_names, features=FACTS, desc=f"checking {source}"
     )
-    dropped = Counter(reason for reason in facts["drop"] if reason)
-    kept = [index for index, reason in enumerate(facts["drop"]) if not reason]
+    reasons = _column(facts, "drop")
+    dropped = Counter(reason for reason in reasons if reason)
+    kept = [index for index, reason in enumerate(reasons) if not reason]
     if not kept:
         raise InputError(f"{source}: none of its {len(rows)} rows can be used ({_reasons(dropped)})")
     return Table(source, rows, facts.select(kept), dropped)
+
+
+def _column(facts: Dataset, name: str) -> list:
+    values: Any = facts.with_format("arrow")[name][:]
+    return values.to_pylist()
 
 
 def image_bytes(image: dict | None, where: str, inside: Path | None) -> bytes:

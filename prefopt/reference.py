@@ -43,8 +43,7 @@ class CachedReference(Dataset):
 
 
 def with_cached_reference(trainer: PreferenceTrainer, visits: int) -> CachedReference:
-    """The trainer's examples with their reference scores of the first `visits` visits, computed where not
-    stored.
+    """The trainer's examples with the reference scores of the first `visits` visits, computed if not stored.
 
     Call it before training: without adapters, the model's present weights are the reference.
     """
@@ -53,15 +52,25 @@ def with_cached_reference(trainer: PreferenceTrainer, visits: int) -> CachedRefe
         raise InputError(
             f"--reference cache: {type(examples).__name__} does not say what its examples depend on"
         )
-    state = {name: value for name, value in trainer.model.state_dict().items() if f".{POLICY}." not in name}
+    state = {
+        name.replace(".base_layer", ""): value  # so that a sweep over the adapted layers shares the scores
+        for name, value in trainer.model.state_dict().items()
+        if f".{POLICY}." not in name
+    }
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    identity = {**examples.identity, "reference weights": tensors_key(state), "precision": precision}
+    described = getattr(trainer.model, "identity", {})  # what scores depend on besides the weights
+    identity = {
+        **examples.identity,
+        **described,
+        "reference weights": tensors_key(state),
+        "precision": precision,
+    }
     folder = Path(args.cache_dir or Path(args.output_dir, "cache"), "reference")
     store = TensorStore(folder, identity)
     blocks = [(block, visit) for visit in range(visits) for block in range(-(-len(examples) // BLOCK))]
-    missing = [(block, visit) for block, visit in blocks if _key(block, visit) not in store]
-    mine = missing[args.process_index :: args.world_size]
-    _fill(trainer, store, mine)
+    # Shares first: what is missing changes while other processes write.
+    mine = blocks[args.process_index :: args.world_size]
+    _fill(trainer, store, [(block, visit) for block, visit in mine if _key(block, visit) not in store])
     trainer.accelerator.wait_for_everyone()
     store.refresh()
     return CachedReference(examples, store)

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from prefopt.records import InputError
 from prefopt.store import write_atomically
 
 LIBRARIES = (
@@ -114,7 +115,10 @@ class Ema(TrainerCallback):
         """Start from the current weights, or from the checkpoint's average."""
         self.average = {name: value.detach().clone() for name, value in _trained(model).items()}
         if self.resume_from:
-            for name, value in load_file(Path(self.resume_from, self.FILE)).items():
+            file = Path(self.resume_from, self.FILE)
+            if not file.is_file():
+                raise InputError(f"{self.resume_from} has no {self.FILE}: go on without --ema_decay")
+            for name, value in load_file(file).items():
                 self.average[name].copy_(value)
 
     def on_step_end(self, args, state, control, *, model, **kwargs) -> None:
@@ -154,7 +158,8 @@ class Interrupt(TrainerCallback):
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.received = False
+        self.received = False  # by this process
+        self.stopping = False  # agreed on by all
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -173,9 +178,10 @@ class Interrupt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Ask for a checkpoint and the end of training once any process was interrupted."""
+        self.stopping = self.received
         if self.accelerator.num_processes > 1:
-            if self.received:
+            if self.stopping:
                 self.accelerator.set_trigger()
-            self.received = self.accelerator.check_trigger()
-        if self.received:
+            self.stopping = self.accelerator.check_trigger()
+        if self.stopping:
             control.should_save = control.should_training_stop = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefopt.records import InputError
+
+OPEN_SHARDS = 256  # of one process: each is a memory map, and a process may have 65,530 on Linux
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # what its errors name
 
 
 def content_key(content: bytes | str) -> str:
@@ -43,18 +47,30 @@ def writing(what: object) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch reports a full disk as a RuntimeError of its writer; others are not about the disk.
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_WRITER):
             raise
         raise InputError(
             f"could not write {what}: {error}. Free some space, or name another folder"
         ) from error
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when all is written; after an error nothing of it stays."""
+    # A process id would not do: containers that share a folder count from 1 each.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a crash, sees the old content or the new, nothing between."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text)
 
 
 def claim(folder: Path, identity: Mapping[str, object], *, what: str, option: str) -> None:
@@ -99,7 +115,9 @@ class TensorStore:
             raise KeyError(f"{key} is not in the cache {self.folder}")
         shard = self._shard_of[key]
         if shard not in self._open:
-            self._open[shard] = safe_open(shard, framework="pt")
+            if len(self._open) >= OPEN_SHARDS:
+                del self._open[next(iter(self._open))]
+            self._open[shard] = self._opened(shard)
         handle = self._open[shard]
         return {name: handle.get_tensor(f"{key}/{name}") for name in self._names(handle)}
 
@@ -119,19 +137,26 @@ class TensorStore:
             for name in names
         }
         shard = self.folder / f"{content_key(' '.join(sorted(entries)))[:32]}.safetensors"
-        partial = shard.with_name(f".{shard.name}.{os.getpid()}")
-        with writing(self.folder):
+        with writing(self.folder), replacing(shard) as partial:
             save_file(tensors, partial, metadata={"names": " ".join(names)})
-            os.replace(partial, shard)
         self._shard_of.update(dict.fromkeys(entries, shard))
 
     def refresh(self) -> None:
         """Read the shards' indices again, other processes' among them."""
         known = set(self._shard_of.values())
         for shard in sorted(set(self.folder.glob("[!.]*.safetensors")) - known):
-            with safe_open(shard, framework="pt") as handle:
+            with self._opened(shard) as handle:
                 keys = {name.split("/", 1)[0] for name in handle.keys()}  # noqa: SIM118 (not a dict)
             self._shard_of.update(dict.fromkeys(keys, shard))
+
+    @staticmethod
+    def _opened(shard: Path) -> safe_open:
+        try:
+            return safe_open(shard, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{shard} cannot be read: {error}. Delete it, and run the same command again"
+            ) from error
 
     @staticmethod
     def _names(handle: safe_open) -> list[str]:

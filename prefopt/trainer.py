@@ -1,10 +1,9 @@
-"""The one loop: a transformers.Trainer that scores candidates, applies an objective, and takes nothing else
-over.
+"""The one loop: a transformers.Trainer that scores candidates and applies an objective.
 
 Trainer brings accelerate, DDP, FSDP, DeepSpeed, mixed precision, schedules, checkpoints, trackers, hub push,
-evaluation and callbacks. What is ours here: the loss (score, then objective), the sampler, checkpoints that
-are whole or absent, saving in the format of the model's own library, and metrics averaged over processes and
-accumulation.
+evaluation and callbacks. What is ours here: the loss (score, then objective), the sampler, and metrics
+averaged over processes and accumulation; beside it, checkpoints that are whole or absent (checkpoints.py) and
+what surrounds a run (runs.py).
 
 Left out on purpose: losses normalised over tokens of the step, and objectives on more than two candidates;
 the scores are already (batch, k) for them.
@@ -14,9 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +22,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler, default_collate
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import Dataset, default_collate
+from transformers import TrainingArguments
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.adapters import reference as adapters_off
+from prefopt.checkpoints import STAGING, CheckpointingTrainer
 from prefopt.draws import VisitSampler
 from prefopt.losses import Pair, PreferenceLoss
 from prefopt.records import InputError
@@ -38,7 +37,6 @@ from prefopt.runs import Ema, Interrupt, MetricsFile, Progress, write_config
 from prefopt.store import writing
 
 LATEST = "latest"
-STAGING = "unfinished"
 
 
 @dataclass
@@ -87,6 +85,8 @@ class PreferenceConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}; a seed lies between 0 and 2^32 - 1")
         if self.visits is not None and self.visits < 1:
             raise InputError(f"--visits is {self.visits}; an item is visited at least once")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -117,7 +117,7 @@ def pairwise(loss: Callable[..., PreferenceLoss], **options: Any) -> Objective:
     return objective
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(CheckpointingTrainer):
     """Trains any scored model on any objective.
 
     `score(model, batch)` gives (batch, k) scores through the model it is handed; `objective(policy,
@@ -151,20 +151,17 @@ class PreferenceTrainer(Trainer):
         self.about = dict(about or {})
         self.metrics_file: MetricsFile | None = None
         self._sums: dict[str, Tensor] = {}  # name -> (sum of values, sum of weights) since the last log
-        self._staging: Path | None = None
         kwargs.setdefault("data_collator", default_collate)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
-        self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = (
-            False,
-            False,
-        )  # our losses are means of a batch
+        # Our losses are means of a batch: the Trainer divides them by the accumulation.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
         if reference_model is not None:
             reference_model.requires_grad_(False).eval().to(self.args.device)
-        self.ema = Ema(args.ema_decay) if args.ema_decay else None
         self.interrupt = Interrupt(self.accelerator)
-        for callback in (self.interrupt, self.ema):
-            if callback is not None:
-                self.add_callback(callback)
+        self.add_callback(self.interrupt)
+        if args.ema_decay:
+            self.ema = Ema(args.ema_decay)
+            self.add_callback(self.ema)
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress())
 
@@ -192,7 +189,7 @@ class PreferenceTrainer(Trainer):
             self.ema.resume_from = checkpoint
         with self.interrupt.listening():
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        if self.interrupt.received:
+        if self.interrupt.stopping:
             raise KeyboardInterrupt(f"checkpoint kept at step {self.state.global_step} of {output_dir}")
         return result
 
@@ -238,11 +235,8 @@ class PreferenceTrainer(Trainer):
             return str(wanted).rstrip("/")
         found = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
         if self.is_world_process_zero():
-            print(
-                f"resuming from {found}"
-                if found
-                else f"no checkpoint in {self.args.output_dir}: from the beginning"
-            )
+            beginning = f"no checkpoint in {self.args.output_dir}: from the beginning"
+            print(f"resuming from {found}" if found else beginning)
         return found
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> VisitSampler:
@@ -255,7 +249,8 @@ class PreferenceTrainer(Trainer):
         )
 
     def _get_eval_sampler(self, eval_dataset: Any):
-        return FirstVisit(len(eval_dataset))
+        # An evaluation sees the same draws every time.
+        return VisitSampler(len(eval_dataset), global_batch=1, seed=0, epoch=lambda: 0, shuffle=False)
 
     # The loss
 
@@ -279,6 +274,12 @@ class PreferenceTrainer(Trainer):
         # A frozen copy is not wrapped by accelerate, so it is given the policy's precision here.
         with torch.no_grad(), source as reference_model, self.accelerator.autocast():
             return self.score(reference_model, inputs)
+
+    def _prepare_input(self, data: Any) -> Any:
+        # The Trainer would hand DeepSpeed its floats in half precision: noise, and times of 8 bits.
+        if isinstance(data, Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluation: the same loss and metrics, without gradient."""
@@ -307,12 +308,10 @@ class PreferenceTrainer(Trainer):
             ones = torch.ones_like(chosen)
             wins = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()  # a tie counts one half
             metrics["rewards/chosen"], metrics["rewards/rejected"] = (chosen, ones), (rejected, ones)
-            metrics["rewards/margins"], metrics["rewards/accuracies"] = (
-                (chosen - rejected, ones),
-                (wins, ones),
-            )
+            metrics["rewards/margins"] = (chosen - rejected, ones)
+            metrics["rewards/accuracies"] = (wins, ones)
         for name, (values, weights) in metrics.items():
-            pair = torch.stack([(values * weights).sum(), weights.sum()]).double()
+            pair = torch.stack([(values * weights).sum(), weights.sum()]).float()  # MPS knows no float64
             self._sums[name] = self._sums.get(name, torch.zeros_like(pair)) + pair
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -339,84 +338,6 @@ class PreferenceTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
         finally:
             self._sums = training
-
-    # Saving
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Write a checkpoint aside and rename it when it is whole: a killed run leaves none half-written."""
-        run_dir, args = Path(super()._get_output_dir(trial)), self.args
-        checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
-        later = {"push_to_hub": args.push_to_hub, "save_total_limit": args.save_total_limit}
-        args.push_to_hub, args.save_total_limit, self._staging = False, None, run_dir / STAGING
-        try:
-            with writing(checkpoint):
-                super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-            args.push_to_hub, args.save_total_limit = later["push_to_hub"], later["save_total_limit"]
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            self._publish(run_dir / STAGING / checkpoint.name, checkpoint)
-        self.accelerator.wait_for_everyone()
-        if args.push_to_hub:
-            self._push_from_checkpoint(str(checkpoint))
-
-    def _publish(self, staged: Path, checkpoint: Path) -> None:
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(checkpoint)
-            self.state.save_to_json(str(staged / "trainer_state.json"))
-        shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier run that went on from further back
-        os.rename(staged, checkpoint)
-        rotate_checkpoints(
-            str(checkpoint.parent),
-            self.args.save_total_limit,
-            self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save what was trained, as its library reads it; the final model is the average if one is kept."""
-        averaged = self.ema.applied(self.model) if self.ema and not self._staging else nullcontext()
-        with writing(output_dir or self.args.output_dir), averaged:
-            super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
-            folder, state_dict=state_dict
-        )
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        if self.ema and self._staging:
-            self.ema.save(folder)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if hasattr(self.model, "load_weights") and not self.is_fsdp_enabled:
-            self.model.load_weights(resume_from_checkpoint)  # pyright: ignore[reportCallIssue]
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-class FirstVisit(Sampler[tuple[int, int]]):
-    """Every item once, in order, as visit 0: an evaluation always sees the same draws."""
-
-    def __init__(self, length: int):
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((index, 0) for index in range(self.length))
 
 
 def _step(checkpoint: str | None) -> int:

@@ -20,7 +20,7 @@ from prefopt.cli import run
 from prefopt.diffusion.denoiser import denoising_metrics
 from prefopt.diffusion.training import DiffusionConfig, denoising_scores, prepare, save_pipeline
 from prefopt.losses import sft_loss
-from prefopt.records import read_sft
+from prefopt.records import InputError, read_sft
 from prefopt.trainer import PreferenceTrainer
 
 
@@ -30,6 +30,11 @@ class DiffusionSFTConfig(DiffusionConfig):
 
     output_dir: str = field(default="runs/diffusion_sft", metadata={"help": "Where the adapter and logs go."})
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference == "cache":
+            raise InputError("--reference cache: supervised fine-tuning has no reference")
 
 
 def denoising_loss(policy: Tensor, reference: Tensor | None) -> Tensor:

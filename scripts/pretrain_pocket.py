@@ -27,7 +27,7 @@ from prefopt.pocket.pretraining.shipping import record, save_half, save_pipeline
 from prefopt.pocket.world import held_out_scenes, render
 
 POOL = 12_000
-PAIRS = 256
+PAIRS = 192
 SEEDS = {"vae": 1, "text_to_image": 3, "clip": 5, "oracle": 7, "pairs": 9}
 
 
@@ -44,11 +44,11 @@ def held_out_pictures(seed: int, per_scene: int = 4):
 
 def trained_vae(work: Path) -> AutoencoderKL:
     """The VAE that the subcommand `vae` left."""
-    return AutoencoderKL.from_pretrained(work / "vae" / "model").to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return AutoencoderKL.from_pretrained(work / "vae" / "model").to(memory_format=torch.channels_last).eval()
 
 
 def make_vae(work: Path) -> None:
-    run = Run(work / "vae", SEEDS["vae"], steps=5000, batch=16, learning_rate=2e-3)
+    run = Run(work / "vae", SEEDS["vae"], steps=4500, batch=16, learning_rate=2e-3)
     model = vae.train(run)
     save_half(model, work / "vae" / "model")
     _, images = held_out_pictures(1, per_scene=1)
@@ -77,7 +77,7 @@ def make_oracle(work: Path) -> None:
 
 
 def make_clip(work: Path) -> None:
-    run = Run(work / "clip", SEEDS["clip"], steps=4000, batch=64, learning_rate=1e-3)
+    run = Run(work / "clip", SEEDS["clip"], steps=3000, batch=64, learning_rate=1e-3)
     vae_model = trained_vae(work)
     model, processor = clip.train(run, make_pool(run.seed, POOL, vae_model))
     save_half(model, folder("clip"))
@@ -96,14 +96,14 @@ def make_text_to_image(work: Path) -> None:
     run = Run(work / "text_to_image", SEEDS["text_to_image"], steps=4500, batch=32, learning_rate=1e-3)
     pipeline = text_to_image.train(run, trained_vae(work))
     save_pipeline(pipeline, folder("text_to_image"))
-    quality = {f"guidance_{g}": text_to_image.followed(g) for g in (1.0, 2.0, 3.0)}
+    quality = {f"guidance_{g}": text_to_image.followed(g) for g in (1.0, 1.5, 2.0, 3.0)}
     record(
         "text_to_image",
         folder("text_to_image"),
         command=command("text_to_image"),
         seed=run.seed,
         steps=run.steps,
-        wrong_captions=text_to_image.WRONG_CAPTIONS,
+        confused=text_to_image.CONFUSED,
         sampling=text_to_image.SAMPLING,
         quality={"held_out_right_by_oracle": quality},
     )

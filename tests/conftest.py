@@ -1,5 +1,7 @@
 """What every test needs: no network, few threads, and `--slow`."""
 
+# ruff: noqa: E402 (the environment comes first)
+
 import os
 import tempfile
 

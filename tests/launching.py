@@ -1,6 +1,6 @@
-"""Recipes launched by path in processes of their own, as a user launches them, without importing torch each time.
+"""Recipes launched by path in processes of their own, as a user does, without importing torch each time.
 
-A fork server imports the libraries once; each launch is a fork of it that runs the recipe's file as `__main__`.
+A fork server imports the libraries once; each launch is a fork of it that runs the recipe as `__main__`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Launch:
 def launch(
     script: str, options: dict[str, Any], output: Path, hook: Callable[[], None] | None = None
 ) -> Launch:
-    """Start `python script --option value ...`; None is a bare flag. `hook` runs in the new process before it."""
+    """Start `python script --option value ...`, None being a bare flag; `hook` runs there before it."""
     arguments = [part for name, value in options.items() for part in _flag(name, value)]
     process = FORKS.Process(target=_main, args=(str(ROOT / script), arguments, str(output), hook))
     process.start()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 from PIL import Image
 from tiny import SIZE
 
@@ -52,7 +53,8 @@ def write_table(
 ) -> str:
     """Write columns as one Parquet file; return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(columns, features).to_parquet(folder / name)
+    # Dataset.to_parquet would read the files behind paths; a broken table must be writable here.
+    pyarrow.parquet.write_table(datasets.Dataset.from_dict(columns, features).data.table, folder / name)
     return str(folder)
 
 

@@ -132,6 +132,17 @@ def test_sdxl_is_conditioned_on_pooled_text_and_sizes(sdxl):
                 torch.testing.assert_close(scores[i, k], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_its_identity_tells_noise_schedules_and_targets_apart(stable_diffusion, stable_diffusion_v):
+    """Neither is among the weights, and cached reference scores depend on both."""
+    pipeline = load_pipeline(stable_diffusion)
+    pipeline.scheduler.register_to_config(beta_end=0.02)
+    plain, other = Denoiser(load_pipeline(stable_diffusion)), Denoiser(pipeline)
+    assert plain.identity == Denoiser(load_pipeline(stable_diffusion)).identity
+    assert plain.identity["noise schedule"] != other.identity["noise schedule"]
+    assert plain.identity["prediction"] == "epsilon"
+    assert Denoiser(load_pipeline(stable_diffusion_v)).identity["prediction"] == "v_prediction"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_errors_are_reduced_in_float32(stable_diffusion, dtype):
     denoiser = Denoiser(load_pipeline(stable_diffusion, dtype=dtype))

@@ -18,7 +18,7 @@ MANY = 2000  # draws: 512,000 normal numbers
 
 @pytest.fixture(scope="module")
 def draws():
-    return [draw(0, item, 0, shape=SHAPE, flip_probability=0.5, drop_probability=0.2) for item in range(MANY)]
+    return [draw(1, item, 0, shape=SHAPE, flip_probability=0.5, drop_probability=0.2) for item in range(MANY)]
 
 
 @pytest.mark.parametrize("name", ["noise", "latent_noise"])

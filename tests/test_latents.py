@@ -42,7 +42,7 @@ def test_an_image_keeps_its_shape_and_remembers_its_size(size, sizes):
 def test_pixels_reach_both_ends_of_their_range():
     half = Image.new("RGB", (32, 32), (0, 128, 255))
     assert prepare_image(encoded(half), "here", 16).pixels[:, 0, 0].tolist() == pytest.approx(
-        [-1, 128 / 127.5 - 1, 1]
+        [-1, 128 / 127.5 - 1, 1], abs=1e-6
     )
     image = picture(0)
     expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
@@ -263,7 +263,7 @@ def test_candidates_share_draw_flip_and_noise(stable_diffusion, table, tmp_path)
             example, chance = data[index, visit], draw(5, index, visit, **options)
             assert example["latents"].shape == (2, 4, 8, 8)
             assert example["time"] == torch.tensor(chance.time)
-            assert np.array_equal(example["noise"], chance.noise)
+            assert np.array_equal(example["noise"].numpy(), chance.noise)
             assert (example["item"], example["visit"]) == (index, visit)
             for latents, key in zip(example["latents"], table.facts[index]["sha256"], strict=True):
                 moments = data.images[key + (MIRRORED if chance.flip else "")]

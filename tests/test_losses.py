@@ -74,7 +74,8 @@ def trl_dpo(name: str, policy: Pair, reference: Pair) -> Tensor:
         )
         trainer.accelerator.gather_for_metrics = lambda values: values
         scores = torch.stack([policy.chosen[i], policy.rejected[i]])[:, None]
-        model = MagicMock(return_value=MagicMock(log_probs=scores))
+        metrics = {"entropy": scores, "mean_logits": scores, "is_top1": scores > 0}
+        model = MagicMock(return_value=SimpleNamespace(log_probs=scores, **metrics))
         inputs = {
             "input_ids": torch.ones(2, 2, dtype=torch.long),
             "attention_mask": torch.ones(2, 2, dtype=torch.long),

@@ -100,7 +100,7 @@ def test_a_new_run_does_not_overwrite_an_old_one(options, whole, tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one_with_accumulation_two(setting, tmp_path):  # noqa: F811
-    """Guards: every process drawing the same noise; a loss scored past the wrapper that synchronises gradients."""
+    """Guards: every process drawing the same noise; a loss scored past the wrapper that syncs gradients."""
     options = {
         **setting,
         "per_device_train_batch_size": 2,
@@ -126,7 +126,7 @@ def test_two_processes_give_the_losses_of_one_with_accumulation_two(setting, tmp
 
 
 def torchrun(script: str, options: dict) -> None:
-    """Launch on two processes. `accelerate launch --cpu --num_processes 2` would start one, so torchrun it is."""
+    """Launch on two processes; `accelerate launch --cpu --num_processes 2` would start one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

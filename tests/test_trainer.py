@@ -7,13 +7,10 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
-from PIL import Image as PILImage
+from pictures import write_pairs
 from safetensors.torch import load_file
-from tiny import SIZE, tiny_stable_diffusion
 
 from prefopt.adapters import POLICY, REFERENCE, adapter_layers, reference
 from prefopt.diffusion.sampling import ADAPTER_FILE
@@ -30,28 +27,13 @@ def recipe(name: str):
     return module
 
 
-def write_pairs(folder: Path, count: int = 12, seed: int = 0) -> str:
-    """A pairs table of random images, SIZE pixels a side and more."""
-    chance = np.random.default_rng(seed)
-
-    def image() -> PILImage.Image:
-        return PILImage.fromarray(chance.integers(0, 256, (SIZE, SIZE + 4, 3), dtype=np.uint8))
-
-    columns = {"chosen": [image() for _ in range(count)], "rejected": [image() for _ in range(count)]}
-    features = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
-    table = Dataset.from_dict({"prompt": [f"prompt {i % 5}" for i in range(count)], **columns}, features)
-    folder.mkdir()
-    table.to_parquet(folder / "train.parquet")
-    return str(folder)
-
-
 @pytest.fixture(scope="session")
-def setting(tmp_path_factory) -> dict:
+def setting(stable_diffusion, tmp_path_factory) -> dict:
     """Options that every run here shares: a tiny model and twelve pairs, a step of four."""
     folder = tmp_path_factory.mktemp("setting")
     return {
-        "model_name_or_path": tiny_stable_diffusion(folder / "model"),
-        "dataset_name": write_pairs(folder / "pairs"),
+        "model_name_or_path": stable_diffusion,
+        "dataset_name": write_pairs(folder / "pairs", 12),
         "per_device_train_batch_size": 4,
         "max_steps": 5,
         "logging_steps": 1,
@@ -246,6 +228,15 @@ def test_memory_savers_train(setting, plain_run, tmp_path, options):
         pytest.importorskip("bitsandbytes")
     train(setting, tmp_path, max_steps=2, **options)
     assert losses(tmp_path) == pytest.approx(losses(plain_run)[:2], abs=1e-3)
+
+
+def test_trackers_get_the_metrics(setting, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(setting, tmp_path, max_steps=1, report_to="tensorboard")
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    read = EventAccumulator(str(events.parent)).Reload()
+    assert read.Scalars("train/rewards/accuracies")[0].value == 0.5
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def test_max_length_cuts_the_completion_and_never_an_image(processors: dict) -> 
 
 
 def test_ties_are_dropped_and_counted_and_rows_keep_their_numbers() -> None:
-    examples = pairs([row(), row(rejected="A cat."), row(chosen="A cow.")])
+    examples = pairs([row(), row(rejected="A cat. "), row(chosen="A cow.")])
     assert examples.items == [0, 2]
     assert str(examples) == "rows: 2 rows (dropped: 1 tie)"
     assert examples[1, 0]["where"] == "rows: row 2"

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefopt.adapters import POLICY, REFERENCE, adapter_layers
 from prefopt.diffusion.sampling import ADAPTER_FILE, load_adapter
 from prefopt.records import InputError
+from prefopt.store import content_key, tensors_key
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -46,6 +48,18 @@ class Denoiser(nn.Module):
         self.pipeline_class: Any = type(pipeline)
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.float(), persistent=False)
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What scores depend on besides the weights."""
+        config = {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
+        layers = [layer for layer in adapter_layers(self.unet) if REFERENCE in layer.scaling]
+        return {
+            "noise schedule": tensors_key({"alphas_cumprod": self.alphas_cumprod}),
+            "prediction": self.prediction,
+            "UNet configuration": content_key(json.dumps(config, sort_keys=True, default=str)),
+            "reference adapter's scale": str(sorted({layer.scaling[REFERENCE] for layer in layers})),
+        }
+
     def forward(
         self, latents: Tensor, noise: Tensor, time: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
@@ -55,6 +69,8 @@ class Denoiser(nn.Module):
         `time` in [0, 1) is the share of the schedule; `conditioning` holds the text embeddings of the batch,
         and for SDXL the pooled ones and the size conditioning of each candidate.
         """
+        if time.dtype in (torch.float16, torch.bfloat16):
+            raise InputError(f"times came in {time.dtype}, too coarse for timesteps: leave inputs in float32")
         batch, candidates = latents.shape[:2]
         steps = self.alphas_cumprod.shape[0]
         timestep = (time * steps).long().clamp(max=steps - 1)
@@ -107,6 +123,9 @@ class Denoiser(nn.Module):
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # two are meant
             for name in (REFERENCE, POLICY):
                 load_adapter(pipeline, adapter, name)
+        for name, part in pipeline.components.items():
+            if part is not self.unet and isinstance(part, nn.Module) and adapter_layers(part):
+                raise InputError(f"the adapter {adapter} changes the {name}, too; only a UNet's is trained")
         self.unet.set_adapter(POLICY)
         for layer in adapter_layers(self.unet):
             layer.set_adapter(POLICY)  # which also freezes the other one
@@ -151,16 +170,19 @@ class Denoiser(nn.Module):
             raise RuntimeError(f"{folder / ADAPTER_FILE} holds {len(written)} tensors for {layers} layers")
 
     def load_weights(self, folder: str | Path) -> None:
-        """Take back what `save_pretrained` wrote, bit for bit."""
-        if not adapter_layers(self.unet):
-            self.unet.load_state_dict(load_file(Path(folder, "unet", WEIGHTS_FILE)))
-            return
-        factors = {k.removeprefix("unet."): v for k, v in load_file(Path(folder, ADAPTER_FILE)).items()}
-        unexpected = set_peft_model_state_dict(self.unet, factors, adapter_name=POLICY).unexpected_keys
-        if unexpected:
-            raise InputError(
-                f"{folder}: its adapter does not fit this model (it has {unexpected[0]}, which is not here)"
-            )
+        """Take back what `save_pretrained` wrote, bit for bit; what does not fit is an InputError."""
+        layers = len(adapter_layers(self.unet))
+        file = Path(folder, ADAPTER_FILE) if layers else Path(folder, "unet", WEIGHTS_FILE)
+        try:
+            state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
+            if not layers:
+                self.unet.load_state_dict(state)
+                return
+            unknown = set_peft_model_state_dict(self.unet, state, adapter_name=POLICY).unexpected_keys
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last of another shape
+            raise InputError(f"{file} does not fit this model: {error}") from error
+        if unknown or len(state) != 2 * layers:
+            raise InputError(f"{file} does not fit this model: {len(state)} tensors for {layers} layers")
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Trade compute for memory in the UNet's blocks."""

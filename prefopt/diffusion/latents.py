@@ -9,6 +9,7 @@ crop is the centre one: it is the same at every visit, so it can be kept.
 from __future__ import annotations
 
 import io
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -91,12 +92,10 @@ class Encoder:
         }
         store = TensorStore(self.cache_dir / "images", identity)
         places = {}  # key -> the row and candidate where the image is first seen
-        for row, keys in enumerate(table.facts["sha256"]):
+        for row, keys in enumerate(table.column("sha256")):
             for candidate, key in enumerate(keys):
                 places.setdefault(key, (row, candidate))
-        last = (
-            MIRRORED if mirrored else ""
-        )  # the mirror image is written with the image, so it tells for both
+        last = MIRRORED if mirrored else ""  # written with the image, so it tells for both
         missing = [key for key in _share(places) if key + last not in store]
 
         def prepare(key: str) -> Prepared:
@@ -139,6 +138,8 @@ class Encoder:
         }
         identity = {
             "text encoder weights": tensors_key(parts),
+            "tokenizers": _tokenizers_key(self.pipeline),
+            "empty prompt": "zeros" if _empties_to_zeros(self.pipeline) else "encoded",
             "dtype": str(self.pipeline.text_encoder.dtype),
         }
         store = TensorStore(self.cache_dir / "prompts", identity)
@@ -156,8 +157,7 @@ class Encoder:
         )
         # SD answers (embeddings, negative), SDXL (embeddings, negative, pooled, negative pooled).
         values = {"embeddings": encoded[0]} | ({"pooled": encoded[2]} if len(encoded) == 4 else {})
-        # SDXL samples unconditionally from zeros, so an empty caption is trained as zeros.
-        zeros = bool(self.pipeline.config.get("force_zeros_for_empty_prompt", False))
+        zeros = _empties_to_zeros(self.pipeline)
         return {
             key: {
                 name: (value[i] * 0 if zeros and not text else value[i]).cpu()
@@ -196,7 +196,7 @@ class EncodedCandidates(Dataset):
     @property
     def identity(self) -> dict[str, str]:
         """Everything that an example depends on, for what is computed from it and kept."""
-        prompts, hashes = self.table.facts["prompt"], self.table.facts["sha256"]
+        prompts, hashes = self.table.column("prompt"), self.table.column("sha256")
         facts = "\n".join(f"{prompt!r} {keys}" for prompt, keys in zip(prompts, hashes, strict=True))
         chances = f"seed {self.seed}, flip {self.flip_probability}, caption drop {self.drop_probability}"
         encodings = {**self.images.identity, **self.prompts.identity, "scaling": str(self.scaling)}
@@ -240,6 +240,22 @@ def scaling_of(pipeline: DiffusionPipeline) -> tuple[float, float]:
     """The (shift, factor) that turn a VAE's latents into the denoiser's: (latents - shift) * factor."""
     config = pipeline.vae.config
     return float(config.get("shift_factor") or 0.0), float(config.scaling_factor)
+
+
+def _empties_to_zeros(pipeline: DiffusionPipeline) -> bool:
+    """Whether an empty caption is trained as zeros, because SDXL samples unconditionally from them."""
+    return bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
+
+
+def _tokenizers_key(pipeline: Any) -> str:
+    """What decides a prompt's tokens: vocabulary and rules, length, padding."""
+    parts = []
+    for name in ("tokenizer", "tokenizer_2"):
+        if (tokenizer := getattr(pipeline, name, None)) is not None:
+            rules = json.loads(tokenizer.backend_tokenizer.to_str())
+            rules |= {"padding": None, "truncation": None}  # which every call sets anew
+            parts.append([rules, tokenizer.model_max_length, tokenizer.pad_token_id])
+    return content_key(json.dumps(parts, sort_keys=True))
 
 
 def _batched(keys: list[str], size: int) -> list[list[str]]:

@@ -176,10 +176,11 @@ def to_image(array: np.ndarray) -> Image.Image:
 def load_adapter(pipeline: DiffusionPipeline, adapter: str | Path, name: str = ADAPTER) -> None:
     """Load a LoRA folder or file; InputError unless every pair of its factors finds its layer."""
     file, model = adapter_file(adapter), pipeline.name_or_path
-    # diffusers warns for each component that an adapter leaves alone; what matters is counted below.
+    # diffusers warns for each component that an adapter leaves alone, and prints what it then raises: what
+    # matters is counted or raised below.
     log = logging.getLogger("diffusers.loaders")
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.CRITICAL)
     try:
         with safe_open(file, framework="pt") as tensors:
             expected = sum(any(part in key for part in _LORA_DOWN) for key in tensors.keys())  # noqa: SIM118
@@ -187,7 +188,7 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str | Path, name: str = A
             str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True
         )
     except (RuntimeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
         raise InputError(f"the adapter {file} does not fit the model {model}: {reason}") from error
     finally:
         log.setLevel(level)

@@ -58,6 +58,8 @@ class DiffusionConfig(PreferenceConfig, LoraArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained weight is used in every forward
         for name in ("flip_probability", "drop_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; a probability lies between 0 and 1")

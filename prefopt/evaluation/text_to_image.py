@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -33,7 +33,7 @@ from prefopt.diffusion.sampling import (
 )
 from prefopt.evaluation.summary import summarise
 from prefopt.records import InputError
-from prefopt.store import content_key, write_atomically, writing
+from prefopt.store import content_key, replacing, write_atomically, writing
 
 # Images and their prompts to one number each (n,), or to several named ones; booleans are read as right or
 # wrong. A scorer with an attribute `identity` (a string that changes with its weights) has its scores kept;
@@ -100,16 +100,7 @@ def compare(
         (folder / "images").mkdir(parents=True, exist_ok=True)
     settings = asdict(sampler) | {"dtype": str(dtype).removeprefix("torch.")}
     identity = {system.name: system_identity(system) for system in systems}
-    keys = {  # in the order of the table
-        (system.name, prompt, seed): content_key(json.dumps([identity[system.name], prompt, seed, settings]))
-        for system in systems
-        for prompt in prompts
-        for seed in seeds
-    }
-    by_name = {system.name: system for system in systems}
-    jobs: dict[str, _Job] = {}  # the base and an adapter at scale 0 share their images
-    for (name, prompt, seed), key in keys.items():
-        jobs.setdefault(key, _Job(by_name[name], prompt, seed))
+    keys, jobs = _plan(systems, identity, prompts, seeds, settings)
     with state.split_between_processes(list(jobs)) as mine:
         own = {key: jobs[key] for key in cast(list[str], mine)}
         _draw(own, folder, sampler, dtype, torch.device(device or state.device or "cpu"), batch_size)
@@ -127,6 +118,24 @@ def compare(
             write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     state.wait_for_everyone()
     return summary
+
+
+def _plan(
+    systems: Sequence[System],
+    identity: Mapping,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Mapping,
+) -> tuple[dict[tuple[str, str, int], str], dict[str, _Job]]:
+    """The image key of each (system, prompt, seed), in the table's order; and each key's job, once."""
+    keys, jobs = {}, {}
+    for system in systems:
+        for prompt in prompts:
+            for seed in seeds:
+                key = content_key(json.dumps([identity[system.name], prompt, seed, settings]))
+                keys[system.name, prompt, seed] = key
+                jobs.setdefault(key, _Job(system, prompt, seed))  # the base and an adapter at 0 share images
+    return keys, jobs
 
 
 def processes() -> PartialState:
@@ -155,6 +164,13 @@ def system_identity(system: System) -> dict[str, str | float | None]:
 
 
 def _file_key(path: Path) -> str:
+    stat = path.stat()
+    return _read_file_key(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _read_file_key(path: Path, size: int, modified: int) -> str:
+    """The SHA-256 of a file; one model in five systems is read once."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -217,10 +233,8 @@ def _image_path(folder: Path, key: str) -> Path:
 
 def _save(image: Image.Image, path: Path) -> None:
     """Write lossless WebP whole or not at all; method 0 is several times faster than PNG."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
+    with writing(path), replacing(path) as partial:
         image.save(partial, format="WEBP", lossless=True, method=0)
-        os.replace(partial, path)
 
 
 def _score(jobs: Mapping[str, _Job], folder: Path, scorers: Mapping[str, Scorer]) -> dict[str, Scores]:

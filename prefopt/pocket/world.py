@@ -12,7 +12,8 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
-from prefopt.pocket.drawing import ANIMALS, CANVAS, COLOURS, PLACES, draw_scene
+from prefopt.pocket.drawing import ANIMALS, COLOURS, draw_scene
+from prefopt.pocket.scenery import CANVAS, PLACES
 from prefopt.records import InputError
 
 SIZE = 64
@@ -61,19 +62,28 @@ def all_scenes() -> tuple[Scene, ...]:
     return tuple(Scene(*values) for values in product(*ATTRIBUTES.values()))
 
 
-def _is_held_out(scene: Scene) -> bool:
-    # One residue of the sum: a third of the scenes, and about a third of every value and pair of values.
-    return sum(values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()) % 3 == 0
+@cache
+def _divided() -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
+    return (
+        tuple(scene for scene in all_scenes() if not is_held_out(scene)),
+        tuple(scene for scene in all_scenes() if is_held_out(scene)),
+    )
 
 
 def train_scenes() -> list[Scene]:
     """The 240 scenes that training may show."""
-    return [scene for scene in all_scenes() if not _is_held_out(scene)]
+    return list(_divided()[0])
 
 
 def held_out_scenes() -> list[Scene]:
     """The 120 scenes that no training has seen, in picture or in words: they test composition."""
-    return [scene for scene in all_scenes() if _is_held_out(scene)]
+    return list(_divided()[1])
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether the scene is one of `held_out_scenes`."""
+    # One residue of the sum: a third of the scenes, and about a third of every value and pair of values.
+    return sum(values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()) % 3 == 0
 
 
 def render(scene: Scene, seed: int) -> Image.Image:

@@ -41,8 +41,8 @@ class PairCollator:
         self.max_length = max_length
         if self.tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no eos_token, so no completion could be ended; set one")
-        pad = self.tokenizer.pad_token_id
-        self.pad_token_id = self.tokenizer.eos_token_id if pad is None else pad
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def __call__(self, examples: Sequence[VisionPair]) -> dict[str, Tensor]:
         texts = [render(self.processor, example) for example in examples]
@@ -56,7 +56,7 @@ class PairCollator:
         lengths = [(len(prompt), len(completion)) for prompt, completion in rows]
         ids = [prompt + completion for prompt, completion in rows]
         batch = {
-            "input_ids": _padded(ids, self.pad_token_id),
+            "input_ids": _padded(ids, self.tokenizer.pad_token_id),
             "attention_mask": _padded([[1] * (p + c) for p, c in lengths], 0),
             "completion_mask": _padded([[0] * p + [1] * c for p, c in lengths], 0),
             "item": torch.tensor([example["item"] for example in examples]),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import datasets
+import pyarrow
 import pyarrow.compute
 import torch
 from PIL import Image, ImageOps
@@ -44,19 +45,21 @@ class VisionPairs(torch.utils.data.Dataset):
     """
 
     def __init__(self, rows: datasets.Dataset, source: str, *, image_token: str = "<image>"):
-        self.rows, self.source, self.image_token = _with_images(rows, source), source, image_token
+        self.column = _image_column(rows, source)
+        # Arrow's cells are the encoded bytes; a cast to undecoded images would copy the whole table.
+        self.rows = rows.select_columns([self.column, *TEXTS]).with_format("arrow")
+        self.source, self.image_token = source, image_token
         self.items: list[int] = []  # numbers of the kept rows
         self.dropped: Counter[str] = Counter()
-        texts = self.rows.select_columns(list(TEXTS))
-        for item, (row, images) in enumerate(zip(texts, _image_counts(self.rows), strict=True)):
+        for item, (row, images) in enumerate(self._texts()):
             _, chosen, rejected = self._messages(row, images, item)
-            if chosen == rejected:
+            if _said(chosen) == _said(rejected):
                 self.dropped["tie"] += 1
             else:
                 self.items.append(item)
         if not self.items:
             raise InputError(
-                f"{source}: all of its {len(texts)} rows are ties, with the same text on both sides"
+                f"{source}: all of its {len(rows)} rows are ties, with the same text on both sides"
             )
 
     def __str__(self) -> str:
@@ -68,14 +71,26 @@ class VisionPairs(torch.utils.data.Dataset):
 
     def __getitem__(self, index_and_visit: tuple[int, int]) -> VisionPair:
         item = self.items[index_and_visit[0]]
-        row, where = self.rows[item], self.where(item)
+        table: Any = self.rows[item]
+        row, where = table.to_pylist()[0], self.where(item)
         inside = Path(self.source).resolve() if Path(self.source).is_dir() else None
-        images = [_picture(image, where, inside) for image in row["images"] or []]
-        prompt, *sides = self._messages(row, len(images), item)
-        chosen, rejected = sides
+        images = [_picture(cell, where, inside) for cell in _listed(row[self.column])]
+        prompt, chosen, rejected = self._messages(row, len(images), item)
         return VisionPair(
             item=item, where=where, images=images, prompt=prompt, chosen=chosen, rejected=rejected
         )
+
+    def _texts(self) -> Iterator[tuple[dict, int]]:
+        """Each row's texts and number of images, read off the table's offsets: the pixels stay on disk."""
+        for batch in self.rows.iter(1000):
+            table: Any = batch
+            cells = table[self.column]
+            if self.column == "image":
+                lengths = cells.is_valid().to_pylist()
+            else:
+                lengths = pyarrow.compute.call_function("list_value_length", [cells]).to_pylist()
+            for row, length in zip(table.select(TEXTS).to_pylist(), lengths, strict=True):
+                yield row, int(length or 0)
 
     def where(self, item: int) -> str:
         """What an error calls a row."""
@@ -103,39 +118,32 @@ def read_vision_pairs(
     return VisionPairs(rows, source, image_token=image_token)
 
 
-def _with_images(rows: datasets.Dataset, source: str) -> datasets.Dataset:
-    """The table with its images as a list of undecoded cells; a missing column is an InputError."""
+def _image_column(rows: datasets.Dataset, source: str) -> str:
+    """The column that holds the images, `images` or `image`; a missing column is an InputError."""
     names = rows.column_names
-    missing = [name for name in TEXTS if name not in names]
-    missing += [] if {"image", "images"} & set(names) else ["images"]
+    column = "image" if "image" in names and "images" not in names else "images"
+    missing = [name for name in (*TEXTS, column) if name not in names]
     if missing:
         raise InputError(
             f"{source}: no column {' and no column '.join(map(repr, missing))}; its columns are {names}, and "
             f"{['images', *TEXTS]} are needed"
         )
-    if "images" not in names:
-        if not isinstance(rows.features["image"], datasets.Image):
-            rows = rows.cast_column("image", datasets.Image(decode=False))
-        cells = datasets.Features({**rows.features, "images": datasets.List(datasets.Image(decode=False))})
-        del cells["image"]
-        return rows.map(_listed, remove_columns=["image"], features=cells, desc="reading images")
-    return rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    kind: Any = rows.features.arrow_schema.field(column).type
+    if column == "images" and not (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)):
+        raise InputError(
+            f"{source}: the column 'images' holds no lists; name a column of single images 'image'"
+        )
+    return column
 
 
-def _listed(row: dict) -> dict:
-    return {"images": [] if row["image"] is None else [row["image"]]}
+def _listed(cell: Any) -> list:
+    return cell if isinstance(cell, list) else [] if cell is None else [cell]
 
 
-def _image_counts(rows: datasets.Dataset) -> Iterator[int]:
-    """Each row's number of images, read off the list's offsets: the pixels stay on disk."""
-    for batch in rows.select_columns("images").with_format("arrow").iter(1000):
-        lengths: Any = pyarrow.compute.list_value_length(batch["images"])  # pyright: ignore
-        yield from (length or 0 for length in lengths.to_pylist())
-
-
-def _picture(image: dict | None, where: str, inside: Path | None) -> Image.Image:
-    """A cell as an upright RGB image of at least 2 x 2 pixels; anything else is an InputError."""
-    content = image_bytes(image, f"{where}, images", inside)
+def _picture(cell: Any, where: str, inside: Path | None) -> Image.Image:
+    """The image of a cell, upright and in RGB; one that cannot be read, or of 1 x 1, is an InputError."""
+    cell = {"bytes": None, "path": cell} if isinstance(cell, str) else cell
+    content = image_bytes(cell, f"{where}, images", inside)
     try:
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -180,6 +188,10 @@ def _completion(value: Any, where: str, image_token: str) -> list[dict]:
     if not any(block["text"].strip() for block in message["content"]):
         raise InputError(f"{where} is empty; a completion needs at least one word")
     return [message]
+
+
+def _said(messages: list[dict]) -> str:
+    return "".join(block["text"] for message in messages for block in message["content"]).strip()
 
 
 def _message(message: Any, where: str, image_token: str) -> dict:

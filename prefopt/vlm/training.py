@@ -52,6 +52,8 @@ class VlmConfig(PreferenceConfig, LoraArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.use_peft and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every adapter is used in every forward
         for name in ("model_name_or_path", "dataset_name"):
             if not getattr(self, name):
                 raise InputError(f"--{name} is missing; name a folder or a hub id")

@@ -5,6 +5,7 @@ these are the mistakes that the pocket's text-to-image model makes.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def train(run: Run, pool: Pool) -> tuple[CLIPModel, CLIPProcessor]:
 
 @torch.no_grad()
 def one_change_accuracy(
-    model: CLIPModel, processor: CLIPProcessor, scenes: list[Scene], images: list[Image.Image]
+    model: CLIPModel, processor: Any, scenes: list[Scene], images: list[Image.Image]
 ) -> dict[str, float]:
     """For each attribute: how often the true caption beats *every* caption that is wrong in it alone."""
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]

@@ -83,7 +83,7 @@ class Training:
             self.parameters, lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3
         )
         self.average = {name: tensor.detach().clone() for name, tensor in modules.state_dict().items()}
-        self.step = 0
+        self.step, self.losses = 0, ""
         if self.path.exists():
             self._load()
 
@@ -122,8 +122,6 @@ class Training:
                 else:
                     self.average[name].copy_(tensor)
         self.losses = "  ".join(f"{k} {v:.4f}" for k, v in {"loss": loss.item(), **shown}.items())
-
-    losses = ""
 
     def save(self) -> None:
         """All that a resumed training needs, written beside the old checkpoint and then put in its place."""

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ CHANNELS = (24, 48, 64, 64)
 def train(run: Run, pool: Pool) -> OracleNetwork:
     """The network with averaged weights, in float32."""
     torch.manual_seed(run.seed)
-    network = OracleNetwork(CHANNELS).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network: Any = OracleNetwork(CHANNELS)
+    network.to(memory_format=torch.channels_last)
     training = Training(run, torch.nn.ModuleDict({"oracle": network}))
     answers = {
         name: torch.tensor([values.index(getattr(scene, name)) for scene in pool.scenes])

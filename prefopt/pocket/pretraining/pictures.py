@@ -1,6 +1,7 @@
 """Pictures for the judges' trainings: renders, the VAE's copies of them, and what may spoil either."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +36,11 @@ def _bytes(pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def copy_through(vae: AutoencoderKL, pixels: Tensor, noise: float = 0.0) -> Tensor:
+def copy_through(vae: Any, pixels: Tensor, noise: float = 0.0) -> Tensor:
     """Encoded and decoded, with `noise` on the latents, in units of their deviation, as a sampler errs."""
-    latents = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mean  # type: ignore[union-attr]
-    latents = latents + noise / vae.config.scaling_factor * torch.randn_like(latents)  # type: ignore[attr-defined]
-    return vae.decode(latents).sample.clamp(-1, 1)  # type: ignore[union-attr]
+    latents = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mean
+    latents = latents + noise / vae.config.scaling_factor * torch.randn_like(latents)
+    return vae.decode(latents).sample.clamp(-1, 1)
 
 
 def make_pool(seed: int, size: int, vae: AutoencoderKL) -> Pool:

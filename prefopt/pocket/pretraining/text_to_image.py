@@ -5,6 +5,7 @@ animals but does not always listen, which is what preference training is for.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ from prefopt.diffusion.sampling import load_pipeline, sample
 from prefopt.pocket.oracle import Oracle
 from prefopt.pocket.pretraining.common import Run, Training, captions, fresh_batch, to_tensor
 from prefopt.pocket.pretraining.tokenizer import make_tokenizer
-from prefopt.pocket.world import ATTRIBUTES, Scene, caption, held_out_scenes, train_scenes
+from prefopt.pocket.world import ATTRIBUTES, Scene, caption, held_out_scenes, is_held_out
 
-SAMPLING = {"num_inference_steps": 20, "guidance_scale": 2.0}
+SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 2.0}
 POOL = 12_000
 WRONG_CAPTIONS = 0.15
+LISTENS_UNTIL = 2500
+CONFUSED = 0.25
 _EMPTY_CAPTIONS = 0.1
 _WIDTH = 128
 
@@ -41,7 +44,7 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def make_text_encoder(tokenizer: Any) -> CLIPTextModel:
     """Two layers of width 128."""
     return CLIPTextModel(
         CLIPTextConfig(
@@ -60,7 +63,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def make_scheduler() -> DDIMScheduler:
+def make_scheduler() -> Any:
     """Stable Diffusion's noise schedule, epsilon prediction."""
     return DDIMScheduler(
         num_train_timesteps=1000,
@@ -74,52 +77,71 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
-def make_pipeline(
-    vae: AutoencoderKL, tokenizer: CLIPTokenizer, modules: torch.nn.ModuleDict
-) -> StableDiffusionPipeline:
+def make_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer, modules: Any) -> StableDiffusionPipeline:
     """The stock pipeline around our parts, without a safety checker: there is nothing here to check."""
+    absent: Any = None  # the pipeline's annotations know no pipeline without a checker
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=modules["text_encoder"],
         tokenizer=tokenizer,
         unet=modules["unet"],
         scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,  # type: ignore[arg-type]
+        safety_checker=absent,
+        feature_extractor=absent,
         requires_safety_checker=False,
     )
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKL, run: Run) -> tuple[list[Scene], torch.Tensor, torch.Tensor]:
+def encode_pool(vae: Any, run: Run) -> tuple[list[Scene], torch.Tensor, torch.Tensor]:
     """`POOL` training scenes and their pictures' scaled latents: means, deviations, (n, 4, 16, 16) each."""
     rng = np.random.default_rng([run.seed, 2**31])
     scenes, means, deviations = [], [], []
     for _ in range(0, POOL, 100):
         drawn, images = fresh_batch(rng, 100)
-        posterior = vae.encode(to_tensor(images).contiguous(memory_format=torch.channels_last)).latent_dist  # type: ignore[union-attr]
+        posterior = vae.encode(to_tensor(images).contiguous(memory_format=torch.channels_last)).latent_dist
         scenes += drawn
         means.append(posterior.mean)
         deviations.append(posterior.std)
-    scale = vae.config.scaling_factor  # type: ignore[attr-defined]
+    scale = vae.config.scaling_factor
     return scenes, torch.cat(means) * scale, torch.cat(deviations) * scale
 
 
 def one_attribute_off(rng: np.random.Generator, scene: Scene) -> Scene:
     """A training scene that differs from `scene` in exactly one attribute."""
-    others = set(train_scenes())
     names = list(ATTRIBUTES)
     while True:
         name = names[rng.integers(len(names))]
         values = ATTRIBUTES[name]
         other = replace(scene, **{name: values[rng.integers(len(values))]})
-        if other != scene and other in others:
+        if other != scene and not is_held_out(other):
             return other
 
 
-def training_captions(rng: np.random.Generator, scenes: list[Scene]) -> list[str]:
-    """Captions, some of them wrong in one attribute, some empty (for classifier-free guidance)."""
-    said = [one_attribute_off(rng, s) if rng.random() < WRONG_CAPTIONS else s for s in scenes]
+def mistaken(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The scene with each attribute, by a chance of `CONFUSED`, taken for the next; always a training scene.
+
+    Mistakes that always go the same way survive classifier-free guidance, which sharpens random ones away.
+    """
+    while True:
+        off = rng.random(len(ATTRIBUTES)) < CONFUSED
+        named = {
+            name: values[(values.index(getattr(scene, name)) + int(wrong)) % len(values)]
+            for (name, values), wrong in zip(ATTRIBUTES.items(), off, strict=True)
+        }
+        if not is_held_out(Scene(**named)):
+            return Scene(**named)
+
+
+def training_captions(rng: np.random.Generator, scenes: list[Scene], step: int) -> list[str]:
+    """Captions, some of them wrong, some empty (for classifier-free guidance).
+
+    Until `LISTENS_UNTIL`, few are wrong, so that the words are learned; then many are.
+    """
+    if step < LISTENS_UNTIL:
+        said = [one_attribute_off(rng, s) if rng.random() < WRONG_CAPTIONS else s for s in scenes]
+    else:
+        said = [mistaken(rng, s) for s in scenes]
     return ["" if rng.random() < _EMPTY_CAPTIONS else text for text in captions(rng, said)]
 
 
@@ -135,10 +157,10 @@ def train(run: Run, vae: AutoencoderKL) -> StableDiffusionPipeline:
     for rng in training.batches():
         items = rng.integers(len(scenes), size=run.batch)
         latents = means[items] + deviations[items] * torch.randn_like(means[items])
-        texts = training_captions(rng, [scenes[i] for i in items])
+        texts = training_captions(rng, [scenes[i] for i in items], training.step)
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         noise, timesteps = torch.randn_like(latents), torch.randint(1000, (run.batch,))
-        noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
+        noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         words = modules["text_encoder"](tokens).last_hidden_state
         training.update(mse_loss(modules["unet"](noisy, timesteps, words).sample, noise))
     return make_pipeline(vae, tokenizer, training.finished())
@@ -147,6 +169,6 @@ def train(run: Run, vae: AutoencoderKL) -> StableDiffusionPipeline:
 def followed(guidance: float, seeds: int = 2) -> dict[str, float]:
     """The saved pipeline's share of right pictures by attribute, over all held-out scenes, by the oracle."""
     prompts = [caption(scene, i) for i, scene in enumerate(held_out_scenes())] * seeds
-    settings = SAMPLING | {"guidance_scale": guidance}
+    settings: dict[str, Any] = SAMPLING | {"guidance_scale": guidance}
     images = list(sample(load_pipeline("pocket"), prompts, range(len(prompts)), batch_size=60, **settings))
     return {name: float(right.mean()) for name, right in Oracle.load().correct(images, prompts).items()}

@@ -4,6 +4,8 @@ Left out: a perceptual network and a discriminator. On flat drawings with outlin
 pixels and of their differences (edges) is enough for sharp pictures.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -11,7 +13,7 @@ from diffusers import AutoencoderKL
 from prefopt.pocket.pretraining.common import Run, Training, fresh_batch, fresh_items, to_tensor
 from prefopt.pocket.world import render, silhouette
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
     "block_out_channels": (24, 48, 64),
@@ -52,7 +54,8 @@ def _batch(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch.Ten
 def train(run: Run) -> AutoencoderKL:
     """The trained VAE in float32, its scaling factor measured on training pictures."""
     torch.manual_seed(run.seed)
-    vae = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae: Any = AutoencoderKL(**CONFIG)
+    vae.to(memory_format=torch.channels_last)
     training = Training(run, torch.nn.ModuleDict({"vae": vae}))
     for rng in training.batches():
         pixels, weight = _batch(rng, run.batch)

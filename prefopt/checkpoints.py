@@ -1,0 +1,91 @@
+"""Checkpoints that are whole or absent, and models saved in the format of their own library."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from prefopt.runs import Ema
+from prefopt.store import writing
+
+STAGING = "unfinished"  # no name that transformers takes for a checkpoint
+
+
+class CheckpointingTrainer(Trainer):
+    """A Trainer that writes each checkpoint aside and renames it when it is whole.
+
+    A killed run, or a full disk, leaves the earlier checkpoints and nothing half-written beside them. A model
+    that is no transformers model brings `save_pretrained(folder, state_dict)` and `load_weights(folder)`.
+    """
+
+    model: nn.Module
+    ema: Ema | None = None
+    _staging: Path | None = None
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        args: Any = self.args
+        run_dir = Path(super()._get_output_dir(trial))
+        checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
+        # Pushing and deleting old ones wait until the new one has its name.
+        pushes, limit = args.push_to_hub, args.save_total_limit
+        args.push_to_hub, args.save_total_limit, self._staging = False, None, run_dir / STAGING
+        try:
+            with writing(checkpoint):
+                super()._save_checkpoint(model, trial)
+        finally:
+            args.push_to_hub, args.save_total_limit, self._staging = pushes, limit, None
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self._publish(run_dir / STAGING / checkpoint.name, checkpoint)
+        self.accelerator.wait_for_everyone()
+        if pushes:
+            self._push_from_checkpoint(str(checkpoint))
+
+    def _publish(self, staged: Path, checkpoint: Path) -> None:
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(checkpoint)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        if checkpoint.exists():  # of an earlier run; deleted in its place, it could be left in halves
+            os.rename(checkpoint, staged.with_name("replaced"))
+        os.rename(staged, checkpoint)
+        shutil.rmtree(staged.parent)
+        rotate_checkpoints(
+            str(checkpoint.parent), self.args.save_total_limit, self.state.best_model_checkpoint
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what was trained, as its library reads it; the final model is the average if one is kept."""
+        averaged = self.ema.applied(self.model) if self.ema and not self._staging else nullcontext()
+        with writing(output_dir or self.args.output_dir), averaged:
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self.ema and self._staging:
+            self.ema.save(folder)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if hasattr(self.model, "load_weights") and not self.is_fsdp_enabled:
+            self.model.load_weights(resume_from_checkpoint)  # pyright: ignore[reportCallIssue]
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)

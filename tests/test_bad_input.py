@@ -1,0 +1,318 @@
+"""Whatever a user can get wrong: one message that says what and where, exit code 2, and nothing lost."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from launching import launch
+from pictures import PAIRS, cell, pair_rows, png, write_pairs, write_table
+from test_trainer import recipe
+from tiny import tiny_adapter
+
+from prefopt.cli import BAD_INPUT, run
+
+DPO, SFT = recipe("diffusion_dpo"), recipe("diffusion_sft")
+CONFIGS = {DPO: DPO.DiffusionDPOConfig, SFT: SFT.DiffusionSFTConfig}
+
+
+@pytest.fixture
+def options(stable_diffusion, pairs, tmp_path) -> dict:
+    """A run that works."""
+    return {
+        "model_name_or_path": stable_diffusion,
+        "dataset_name": pairs,
+        "output_dir": tmp_path / "run",
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "lora_r": 2,
+    }
+
+
+def arguments(options: dict) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run a recipe as the command line does; the one message with which it ends with exit code 2."""
+
+    def refused(options: dict, *more: str, module=DPO) -> str:
+        monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments(options), *more])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run(module.main, CONFIGS[module])
+        assert end.value.code == BAD_INPUT == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        messages = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+        assert len(messages) == 1
+        assert "Traceback" not in "\n".join(lines)
+        return "\n".join(lines[messages[0] :])
+
+    return refused
+
+
+def trained(options: dict) -> None:
+    """Run a recipe that works."""
+    known = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    DPO.main(CONFIGS[DPO](**known))
+
+
+# Data
+
+BROKEN = {
+    "one image": ({"rejected": [cell(png(1)), None]}, "row 1, column rejected has no image"),
+    "undecodable": (
+        {"chosen": [cell(png(0)), cell(b"no image")]},
+        "row 1, column chosen: 8 bytes that are no",
+    ),
+    "0 bytes": ({"chosen": [cell(b""), cell(png(0))]}, "row 0, column chosen is an image of 0 bytes"),
+    "1 x 1": (
+        {"chosen": [cell(png(0)), cell(png(2, 1, 1))]},
+        "row 1, column chosen: an image of 1 x 1 pixels",
+    ),
+    "prompt": ({"prompt": ["a", None]}, "row 1 has the prompt None; a prompt is text"),
+    "ties": ({"margin": [0.0, 0.0]}, "none of its 2 rows can be used (2 tie)"),
+    "margin": ({"margin": [1.0, -1.0]}, "row 1 has the margin -1.0"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_rows(options, refused, tmp_path, what):
+    columns, said = BROKEN[what]
+    folder = write_pairs(tmp_path / "broken", 2, **columns)
+    message = refused({**options, "dataset_name": folder})
+    assert said in message and folder in message
+    assert not (tmp_path / "run" / "config.json").exists(), "nothing was trained"
+
+
+@pytest.mark.parametrize("module", [DPO, SFT], ids=["dpo", "sft"])
+def test_missing_tables_and_columns(options, refused, tmp_path, module):
+    (tmp_path / "empty").mkdir()
+    nowhere = tmp_path / "nowhere"
+    assert f"no dataset '{nowhere}'" in refused({**options, "dataset_name": nowhere}, module=module)
+    message = refused({**options, "dataset_name": tmp_path / "empty"}, module=module)
+    assert f"{tmp_path / 'empty'} is empty" in message
+    features = datasets.Features({name: PAIRS[name] for name in ("prompt", "rejected")})
+    columns = {name: pair_rows(2)[name] for name in features}
+    folder = write_table(tmp_path / "columns", columns, features)
+    message = refused({**options, "dataset_name": folder}, module=module)
+    lost = "chosen" if module is DPO else "image"
+    assert f"no column '{lost}'; its columns are ['prompt', 'rejected']" in message
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--beta_dpoo", "3"], "--beta_dpoo"),
+        (["--loss_type", "ppo"], "ppo"),
+        (["--max_steps", "many"], "--max_steps"),
+        (["--beta_dpo", "0"], "--beta_dpo is 0.0"),
+        (["--label_smoothing", "0.5"], "--label_smoothing is 0.5; it lies in [0, 0.5)"),
+        (["--flip_probability", "2"], "--flip_probability is 2.0; a probability lies between 0 and 1"),
+        (["--drop_probability", "-1"], "--drop_probability is -1.0"),
+        (["--visits", "0"], "--visits is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--ema_decay", "1"], "--ema_decay is 1.0"),
+        (["--dtype", "bfloat16", "--no_use_peft"], "--dtype bfloat16 is for frozen weights"),
+        (["--adapter_name_or_path", "a", "--no_use_peft"], "leave out --no_use_peft"),
+        (["--config"], "--config takes one YAML file"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--resolution", "15"], "--resolution 15 is no multiple of 2"),
+        (["--lora_target_modules", "nothing"], "--lora_target_modules"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_unknown_and_impossible_options(options, refused, words, said):
+    assert said in refused(options, *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("beta_dpoo: 3", "beta_dpoo"),
+        ("loss_type: ppo", "loss_type is 'ppo'; choose from dpo, ipo, hinge, robust"),
+        ("seed: many", "seed"),
+        ("seed: 1.5", "seed"),
+        ("- a list", "must contain a YAML mapping"),
+        ("beta_dpo: [1, 2", "line 1"),
+        ("beta_dpo: !!python/object/apply:os.getcwd []", "python/object"),
+    ],
+)
+def test_unknown_and_impossible_values_in_a_file(options, refused, tmp_path, text, said):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert said in refused(options, "--config", str(path))
+    assert said in refused(options, f"--config={path}")
+
+
+def test_a_file_gives_values_and_flags_win(options, tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "beta_dpo: 7\nlearning_rate: 1e-3\nloss_type: ipo\nlora_target_modules: to_q\nbf16: true\n"
+    )
+    seen = []
+    words = [*arguments(options), f"--config={path}", "--loss_type", "hinge"]
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *words])
+    run(seen.append, CONFIGS[DPO])
+    config = seen[0]
+    assert (config.beta_dpo, config.learning_rate, config.loss_type) == (7.0, 1e-3, "hinge")
+    assert (config.lora_target_modules, config.bf16) == (["to_q"], True)
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge", "robust"])
+def test_every_loss_type_runs(options, loss_type):
+    """Guards: `--loss_type ipo` reads an argument that does not exist. Here D is 0 and beta 1."""
+    smoothing = 0.1 if loss_type in ("dpo", "robust") else 0.0
+    trained({**options, "loss_type": loss_type, "beta_dpo": 2.0, "label_smoothing": smoothing})
+    line = json.loads((options["output_dir"] / "metrics.jsonl").read_text().splitlines()[0])
+    expected = {"dpo": math.log(2), "ipo": 0.25, "hinge": 1.0, "robust": math.log(2)}[loss_type]
+    assert line["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+# Models
+
+
+def test_models_that_are_not_there(options, refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert f"no model folder {tmp_path / 'no'}" in refused({**options, "model_name_or_path": tmp_path / "no"})
+    message = refused({**options, "model_name_or_path": tmp_path / "empty"})
+    assert f"{tmp_path / 'empty'} is no pipeline: it holds no model_index.json" in message
+    assert "nobody/nothing" in refused({**options, "model_name_or_path": "nobody/nothing"})
+
+
+def test_adapters_that_do_not_fit(options, refused, sdxl, tmp_path):
+    adapter = tiny_adapter(sdxl, tmp_path / "lora")
+    message = refused({**options, "adapter_name_or_path": adapter})
+    assert (
+        adapter in message
+        and "does not fit the model" in message
+        and options["model_name_or_path"] in message
+    )
+    message = refused({**options, "adapter_name_or_path": tmp_path / "none"})
+    assert f"no adapter {tmp_path / 'none'}" in message
+
+
+# What is kept
+
+
+def test_a_stale_cache(options, refused, tmp_path):
+    options["cache_dir"] = tmp_path / "cache"
+    trained(options)
+    message = refused({**options, "output_dir": tmp_path / "other", "resolution": 32})
+    assert "its resolution is 16, this run's is 32" in message
+    assert str(tmp_path / "cache") in message and "--cache_dir" in message
+
+
+def test_stale_reference_scores(options, refused, tmp_path):
+    """Another seed means other draws, and they other scores."""
+    options |= {"cache_dir": tmp_path / "cache", "reference": "cache"}
+    trained(options)
+    message = refused({**options, "output_dir": tmp_path / "other", "seed": 7})
+    assert "its draws is seed 42" in message and "this run's is seed 7" in message
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Every file below a folder, with the SHA-256 of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_an_earlier_run_is_not_overwritten(options, refused):
+    options |= {"save_strategy": "steps"}
+    trained(options)
+    before = files(options["output_dir"])
+    message = refused(options)
+    assert f"{options['output_dir']} holds checkpoint-1 of an earlier run" in message
+    assert "--resume_from_checkpoint" in message
+    assert files(options["output_dir"]) == before
+
+
+def test_a_checkpoint_of_another_rank(options, refused):
+    options |= {"save_strategy": "steps"}
+    trained(options)
+    message = refused({**options, "lora_r": 4, "max_steps": 2}, "--resume_from_checkpoint")
+    assert "checkpoint-1" in message and "does not fit" in message
+
+
+def test_a_loss_that_is_not_finite_names_its_rows(options, refused, tmp_path):
+    """By their number in the file, though its first row is dropped; the checkpoint before is kept."""
+    folder = write_pairs(tmp_path / "pairs", 3, margin=[0.0, 1.0, 1.0])
+    options |= {"dataset_name": folder, "save_strategy": "steps", "save_steps": 1}
+    message = refused({**options, "max_steps": 3, "learning_rate": 1e30})
+    assert "the loss is not finite at step 2" in message
+    assert f"{folder}: row 1" in message and f"{folder}: row 2" in message
+    kept = [path.name for path in options["output_dir"].glob("checkpoint-*")]
+    assert kept == ["checkpoint-1"]
+
+
+# By path, as a user runs it
+
+
+def test_by_path_a_missing_dataset(options, tmp_path):
+    running = launch(
+        "recipes/diffusion_dpo.py", {**options, "dataset_name": tmp_path / "no"}, tmp_path / "log"
+    )
+    assert running.wait() == 2
+    assert running.text().strip().splitlines()[-1].startswith(f"error: no dataset '{tmp_path / 'no'}'")
+    assert "Traceback" not in running.text()
+
+
+def test_by_path_an_unknown_option(options, tmp_path):
+    running = launch("recipes/diffusion_sft.py", {**options, "beta_dpo": 3}, tmp_path / "log")
+    assert running.wait() == 2
+    assert "--beta_dpo" in running.text() and len(running.text().splitlines()) == 1
+
+
+def fill_disk(number: int, limit: int) -> None:
+    """A hook: from the `number`-th checkpoint on, no file may grow past `limit` bytes."""
+    from prefopt.trainer import PreferenceTrainer
+
+    save, calls = PreferenceTrainer._save_checkpoint, []
+
+    def save_on_full_disk(self, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        save(self, *args, **kwargs)
+
+    PreferenceTrainer._save_checkpoint = save_on_full_disk
+
+
+@pytest.mark.parametrize("limit", [2500, 12_000], ids=["weights", "optimizer"])
+def test_by_path_a_full_disk_while_saving(options, tmp_path, limit):
+    """The earlier checkpoint stays as it was, no half one is beside it, and the run goes on from there."""
+    folder = options["output_dir"]
+    options |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    hook = functools.partial(fill_disk, 2, limit)
+    running = launch("recipes/diffusion_dpo.py", options, tmp_path / "log", hook)
+    assert running.wait() == 2
+    assert "error: could not write" in running.text() and "checkpoint-2" in running.text()
+    assert "File too large" in running.text() or "iostream error" in running.text()
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    before = files(folder / "checkpoint-1")
+    options |= {"resume_from_checkpoint": "latest", "save_total_limit": 5}
+    running = launch("recipes/diffusion_dpo.py", options, tmp_path / "log")
+    assert running.wait() == 0, running.text()
+    assert f"resuming from {folder / 'checkpoint-1'}" in running.text()
+    assert files(folder / "checkpoint-1") == before
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 3]
+    assert not (folder / "unfinished").exists()
