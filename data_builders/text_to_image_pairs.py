@@ -98,7 +98,7 @@ class TextToImagePairsConfig:
 def main(config: TextToImagePairsConfig) -> None:
     """Draw and judge the blocks that are missing, then write the pairs of all."""
     start = perf_counter()
-    # Without `cpu`, processes on CPUs would each believe to be the only one. One that is done waits for the last.
+    # Without `cpu`, processes on CPUs would each believe to be the only one; one that is done waits for all.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
     texts = read_prompts(str(config.prompts), config.num_prompts, config.seed)
     sampler = Sampler(config.num_inference_steps, config.guidance_scale, config.height, config.width)

@@ -90,7 +90,8 @@ class Parser(TrlParser):
 def parse(config_class: type[Config], arguments: list[str] | None = None) -> Config:
     """The config that the command line (`arguments`, or sys.argv) and its `--config` file describe."""
     description = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
-    parser = Parser(config_class, description=description, allow_abbrev=False)
+    usage = "%(prog)s [--config FILE] [--option value ...]"
+    parser = Parser(config_class, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--help-all", action="help", help="show every option, the Trainer's own included")
     parser.add_argument("--config", metavar="FILE", help="a YAML file with values for these options")
     try:

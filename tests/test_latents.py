@@ -265,9 +265,10 @@ def test_candidates_share_draw_flip_and_noise(stable_diffusion, table, tmp_path)
             assert example["time"] == torch.tensor(chance.time)
             assert np.array_equal(example["noise"].numpy(), chance.noise)
             assert (example["item"], example["visit"]) == (index, visit)
+            noise = torch.from_numpy(chance.latent_noise)
             for latents, key in zip(example["latents"], table.facts[index]["sha256"], strict=True):
                 moments = data.images[key + (MIRRORED if chance.flip else "")]
-                sampled = moments["mean"] + (moments["logvar"] / 2).exp() * chance.latent_noise
+                sampled = moments["mean"] + (moments["logvar"] / 2).exp() * noise
                 torch.testing.assert_close(latents, sampled * factor, rtol=1e-6, atol=1e-6)
             caption = "" if chance.drop_caption else table.facts[index]["prompt"]
             expected = data.prompts[content_key(caption)]["embeddings"]

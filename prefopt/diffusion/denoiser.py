@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -45,7 +46,6 @@ class Denoiser(nn.Module):
         if self.prediction not in PREDICTIONS:
             raise InputError(f"{pipeline.name_or_path} predicts {self.prediction!r}; known are {PREDICTIONS}")
         self.unet = unet
-        self.pipeline_class: Any = type(pipeline)
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.float(), persistent=False)
 
     @property
@@ -155,14 +155,15 @@ class Denoiser(nn.Module):
             return
         factors = get_peft_model_state_dict(self.unet, state_dict=dict(state), adapter_name=POLICY)
         # Without the metadata a reader takes alpha = r: the adapter is then wrong by the factor alpha / r.
+        # It is the only entry: safetensors writes several in an order of chance, and equal runs differ.
         metadata = {
-            k: sorted(v) if isinstance(v, set) else v
+            f"unet.{k}": sorted(v) if isinstance(v, set) else v
             for k, v in self.unet.peft_config[POLICY].to_dict().items()
         }
-        self.pipeline_class.save_lora_weights(
-            folder,
-            unet_lora_layers=factors,
-            unet_lora_adapter_metadata=json.loads(json.dumps(metadata, default=str)),
+        save_file(
+            {f"unet.{name}": factor.contiguous() for name, factor in factors.items()},
+            folder / ADAPTER_FILE,
+            {LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True, default=str)},
         )
         written = load_file(folder / ADAPTER_FILE)
         if len(written) != 2 * len(adapter_layers(self.unet)):
