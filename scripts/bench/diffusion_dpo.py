@@ -1,4 +1,4 @@
-"""How many pairs a second a step of Diffusion-DPO trains: encoding in the step, against encodings that are kept.
+"""How many pairs a second a step of Diffusion-DPO trains: encoding in the step, against kept encodings.
 
     python scripts/bench/diffusion_dpo.py --size half-sd15
     python scripts/bench/diffusion_dpo.py --size sdxl --batch 4 --dtype bfloat16
@@ -7,7 +7,7 @@ Three steps take turns in one run, on the same model, LoRA, batch and precision:
   plain            VAE and text encoder in the step, reference computed in the step: what today's scripts do
   kept encodings   latents and embeddings from the store on disk, reference computed in the step
   kept reference   the same, with the reference's scores from the store as well
-The plain step is given decoded pixels, so reading images counts for neither side. Prints JSON; the figures are medians.
+The plain step is given decoded pixels, so reading images counts for neither side. Prints JSON, of medians.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pipelines of the shapes that people train, with random weights: speed does not depend on what a model has learnt."""
+"""Pipelines of the shapes that people train, with random weights: speed does not ask what a model knows."""
 
 from __future__ import annotations
 
