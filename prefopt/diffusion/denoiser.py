@@ -141,6 +141,7 @@ class Denoiser(nn.Module):
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """LoRA as `load_lora_weights` reads it, or the UNet as `from_pretrained` reads `folder/unet`."""
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         state = {
             name.removeprefix("unet."): value
             for name, value in (self.state_dict() if state_dict is None else state_dict).items()
