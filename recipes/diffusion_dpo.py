@@ -55,6 +55,8 @@ class DiffusionDPOConfig(DiffusionConfig):
             raise InputError(f"--beta_dpo is {self.beta_dpo}; it is a positive number, 5000 in the paper")
         if not 0 <= self.label_smoothing < 0.5:
             raise InputError(f"--label_smoothing is {self.label_smoothing}; it lies in [0, 0.5)")
+        if self.label_smoothing and self.loss_type not in ("dpo", "robust"):
+            raise InputError(f"--label_smoothing is for dpo and robust, not for {self.loss_type}")
 
 
 def main(config: DiffusionDPOConfig) -> PreferenceTrainer:

@@ -57,6 +57,8 @@ class VlmDPOConfig(VlmConfig):
             raise InputError(f"--beta is {self.beta}; it is a positive number, 0.1 in most runs")
         if not 0 <= self.label_smoothing < 0.5:
             raise InputError(f"--label_smoothing is {self.label_smoothing}; it lies in [0, 0.5)")
+        if self.label_smoothing and self.loss_type not in ("dpo", "robust"):
+            raise InputError(f"--label_smoothing is for dpo and robust, not for {self.loss_type}")
 
 
 def main(config: VlmDPOConfig) -> PreferenceTrainer:
