@@ -100,8 +100,9 @@ class CandidatesTable:
 
     def clean(self) -> None:
         """Remove what killed runs left half written; only while no process writes."""
-        for partial in self.folder.glob(".block-*"):
-            partial.unlink()
+        for pattern in (".block-*", ".identity.json.*"):
+            for partial in self.folder.glob(pattern):
+                partial.unlink()
 
     def _check_strangers(self) -> None:
         ours = {block.file for block in self.blocks}
