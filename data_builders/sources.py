@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from data_builders.stages import Record
 from prefopt.diffusion.sampling import load_pipeline
@@ -25,7 +26,7 @@ class Source:
 
     def load(self, device: str | torch.device) -> DiffusionPipeline:
         """The pipeline, ready to draw."""
-        return load_pipeline(
+        pipeline = load_pipeline(
             self.model,
             adapter=self.adapter,
             adapter_scale=self.adapter_scale,
@@ -33,6 +34,10 @@ class Source:
             dtype=getattr(torch, self.dtype),
             device=device,
         )
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                settle(part)
+        return pipeline
 
     def names(self) -> Record:
         """What model and adapter are called here; the same weights may be called otherwise elsewhere."""
@@ -48,3 +53,13 @@ class Source:
             **asdict(self.sampler),
             "dtype": self.dtype,
         }
+
+
+def settle(module: nn.Module) -> None:
+    """Move a module's weights to memory that torch allocates.
+
+    Weights just loaded may be views into the mapped file, at any address, or copies, as under
+    torch.distributed; and on CPUs the last bit of a product depends on its factors' alignment.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()

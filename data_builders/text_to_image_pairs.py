@@ -32,7 +32,7 @@ from data_builders.blocks import Block, CandidatesTable
 from data_builders.candidates import draw, encode, expand, rank, score, select
 from data_builders.export import export_pairs, write_build
 from data_builders.prompts import POCKET, distinct, identify, read_prompts
-from data_builders.sources import Source
+from data_builders.sources import Source, settle
 from data_builders.stages import flow, watched
 from prefopt.cli import run
 from prefopt.evaluation.text_to_image import Sampler
@@ -111,6 +111,7 @@ def main(config: TextToImagePairsConfig) -> None:
         config.dtype,
     )
     clip = ClipScorer(config.clip_model_name_or_path, device=torch.device(str(state.device)))
+    settle(clip.model)
     made_with = source.identity() | {"scorer_identity": clip.identity}
     facts = made_with | source.names() | {"scorer": config.clip_model_name_or_path}
     duplicates: Counter[str] = Counter()
