@@ -1,0 +1,29 @@
+"""Open-vocabulary detection: classes in words and images go in, boxes come out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from PIL import Image
+
+
+class Box(NamedTuple):
+    """One thing that was found."""
+
+    label: str
+    confidence: float  # 0..1; those of different detectors are not comparable
+    left: float  # pixels of the image, right > left, bottom > top
+    top: float
+    right: float
+    bottom: float
+
+
+class Detector(Protocol):
+    """Whoever finds things; `identity` changes with whatever the boxes depend on."""
+
+    identity: str
+
+    def detect(self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]]) -> list[list[Box]]:
+        """The boxes of each image, the most confident first, asked for its own classes."""
+        ...

@@ -1,0 +1,165 @@
+"""Rubrics: yes/no questions about an image as data, and the points that the answers make (arXiv 2405.13473).
+
+A clear yes to a positive question and a clear no to a negative one are +weight, the opposite is -weight. An
+unclear answer ('Nan'), and a question whose need was answered no, are 0. The hard score is the sum. The soft
+score weighs how sure the judge is: the same sum with tanh(d / 2) in place of +-1, where d is the log-odds
+minus the judge's log-odds for the same question about an empty image, so that a judge that likes to say yes
+gains nothing by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from math import tanh
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from prefopt.judges.questions import NO, YES, Answer, Question
+from prefopt.records import InputError
+
+RUBRICS = Path(__file__).with_name("rubrics")
+Polarity = Literal["positive", "negative"]
+Check = Literal["presence", "count", "colour"]  # what a detector answers, data_builders/checks.py
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a rubric: a question to a judge (`text`) or to a detector (`check`)."""
+
+    name: str
+    polarity: Polarity
+    text: str = ""
+    check: Check | None = None
+    weight: float = 1.0
+    needs: tuple[str, ...] = ()
+
+    @property
+    def sign(self) -> int:
+        """+1 if a yes is good."""
+        return 1 if self.polarity == "positive" else -1
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """Items in order; needs come from any place of the list, but not in a circle."""
+
+    name: str
+    items: tuple[Item, ...]
+    order: tuple[Item, ...] = field(init=False)  # every item after its needs
+
+    def __post_init__(self) -> None:
+        by_name = {item.name: item for item in self.items}
+        if len(by_name) < len(self.items):
+            names = [item.name for item in self.items]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"the rubric {self.name} names two questions {twice!r}; name each once")
+        if not self.items:
+            raise InputError(f"the rubric {self.name} has no questions")
+        for item in self.items:
+            for need in item.needs:
+                if need not in by_name:
+                    raise InputError(
+                        f"the rubric {self.name}: {item.name} needs {need!r}, which is no question of it; its "
+                        f"questions are {', '.join(by_name)}"
+                    )
+        try:
+            order = tuple(TopologicalSorter({i.name: i.needs for i in self.items}).static_order())
+        except CycleError as error:
+            circle = " -> ".join(error.args[1])
+            raise InputError(f"the rubric {self.name}: needs go in a circle, {circle}; cut it") from error
+        object.__setattr__(self, "order", tuple(by_name[name] for name in order))
+
+    @classmethod
+    def load(cls, name_or_path: str) -> Rubric:
+        """The rubric of a YAML file, or one of our own by its name: `class_conditional`."""
+        path = RUBRICS / f"{name_or_path}.yaml" if "/" not in name_or_path else Path(name_or_path)
+        path = path if path.is_file() else Path(name_or_path)
+        try:
+            entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            own = ", ".join(sorted(file.stem for file in RUBRICS.glob("*.yaml")))
+            raise InputError(
+                f"no rubric could be read from {name_or_path}: {error}. Name a YAML file, or one of {own}"
+            ) from error
+        if not isinstance(entries, list):
+            raise InputError(f"the rubric {path} is no list of questions, each with name, text and polarity")
+        return cls(
+            path.stem, tuple(_item(entry, f"{path}, question {i + 1}") for i, entry in enumerate(entries))
+        )
+
+    def questions(self, class_name: str, prompt: str) -> tuple[Question, ...]:
+        """What a judge is asked about an image of this class, made for this prompt."""
+        return tuple(
+            Question(item.name, item.text.replace("{class}", class_name).replace("{prompt}", prompt))
+            for item in self.items
+            if item.check is None
+        )
+
+    @property
+    def checks(self) -> tuple[Item, ...]:
+        """The items that a detector answers."""
+        return tuple(item for item in self.items if item.check is not None)
+
+    def points(self, verdicts: Mapping[str, str | None]) -> dict[str, float]:
+        """Points by question, in the rubric's order, of the answers yes, no or None (unclear)."""
+        return self._points(
+            {name: {YES: 1.0, NO: -1.0, None: 0.0}[v] for name, v in verdicts.items()}, verdicts
+        )
+
+    def soft_points(
+        self, answers: Mapping[str, Answer], empty: Mapping[str, Answer] | None = None
+    ) -> dict[str, float]:
+        """Points in -weight..weight by question: how sure the answers are, beyond those about an empty image."""
+        strength = {
+            name: tanh((answer.log_odds - (empty[name].log_odds if empty else 0.0)) / 2)
+            for name, answer in answers.items()
+        }
+        return self._points(strength, {name: answer.verdict for name, answer in answers.items()})
+
+    def _points(self, strength: Mapping[str, float], verdicts: Mapping[str, str | None]) -> dict[str, float]:
+        missing = [item.name for item in self.items if item.name not in verdicts]
+        if missing:
+            raise ValueError(f"no answer to {', '.join(missing)}")
+        asked: dict[
+            str, bool
+        ] = {}  # whether a question counts: all its needs count, and none was answered no
+        for item in self.order:
+            asked[item.name] = all(asked[need] and verdicts[need] != NO for need in item.needs)
+        return {
+            item.name: item.sign * item.weight * strength[item.name]
+            if asked[item.name] and verdicts[item.name] is not None
+            else 0.0
+            for item in self.items
+        }
+
+
+def best(scores: Sequence[float]) -> list[int]:
+    """The places of the highest score: more than one if they tie."""
+    return [place for place, score in enumerate(scores) if score == max(scores)]
+
+
+def _item(entry: Any, where: str) -> Item:
+    known = ("name", "text", "check", "polarity", "weight", "needs")
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} is {entry!r}, not a mapping with name, text and polarity")
+    if unknown := sorted(set(map(str, entry)) - set(known)):
+        raise InputError(f"{where} has the unknown entry {unknown[0]!r}; known are {', '.join(known)}")
+    name, text, check = entry.get("name"), entry.get("text", ""), entry.get("check")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{where} has no name")
+    if not isinstance(text, str) or bool(text) == bool(check):
+        raise InputError(f"{where} ({name}) needs a text for a judge or a check for a detector, one of them")
+    if check is not None and check not in get_args(Check):
+        raise InputError(f"{where} ({name}): the check is {check!r}; it is {', '.join(get_args(Check))}")
+    if entry.get("polarity") not in get_args(Polarity):
+        raise InputError(f"{where} ({name}): polarity is {entry.get('polarity')!r}; positive or negative")
+    weight, needs = entry.get("weight", 1.0), entry.get("needs", [])
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e6:
+        raise InputError(f"{where} ({name}): the weight is {weight!r}; it is a number above 0")
+    if not isinstance(needs, list) or not all(isinstance(need, str) for need in needs):
+        raise InputError(f"{where} ({name}): needs is {needs!r}; it is a list of names")
+    return Item(name, entry["polarity"], text, check, float(weight), tuple(needs))
