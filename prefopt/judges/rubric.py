@@ -63,7 +63,7 @@ class Rubric:
             for need in item.needs:
                 if need not in by_name:
                     raise InputError(
-                        f"the rubric {self.name}: {item.name} needs {need!r}, which is no question of it; its "
+                        f"the rubric {self.name}: {item.name} needs {need!r}, which is none of its "
                         f"questions are {', '.join(by_name)}"
                     )
         try:
@@ -113,7 +113,7 @@ class Rubric:
     def soft_points(
         self, answers: Mapping[str, Answer], empty: Mapping[str, Answer] | None = None
     ) -> dict[str, float]:
-        """Points in -weight..weight by question: how sure the answers are, beyond those about an empty image."""
+        """Points in -weight..weight by question: how much surer the answers are than about nothing."""
         strength = {
             name: tanh((answer.log_odds - (empty[name].log_odds if empty else 0.0)) / 2)
             for name, answer in answers.items()
