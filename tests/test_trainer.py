@@ -242,7 +242,7 @@ def test_trackers_get_the_metrics(setting, tmp_path):
 @pytest.mark.slow
 def test_torch_compile_trains_to_the_same_losses(setting, plain_run, tmp_path):
     train(setting, tmp_path, torch_compile=True)
-    # Fused kernels round otherwise, and Adam's first steps enlarge that; from step to step losses differ by 0.05.
+    # Fused kernels round otherwise, and Adam enlarges that; from step to step losses differ by 0.05.
     assert losses(tmp_path)[0] == pytest.approx(losses(plain_run)[0], abs=1e-6)
     assert losses(tmp_path) == pytest.approx(losses(plain_run), abs=1e-3)
     assert adapter(tmp_path).keys() == adapter(plain_run).keys()
