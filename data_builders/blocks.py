@@ -20,7 +20,7 @@ from data_builders.stages import Record, Stage
 from prefopt.records import InputError
 from prefopt.store import claim, content_key, replacing, writing
 
-CANDIDATES = Features(
+DRAWN = Features(
     {
         "image": Image(),  # lossless WebP; null if the model drew values that are not finite
         "pixels_sha256": Value("string"),
@@ -39,13 +39,18 @@ CANDIDATES = Features(
         "height": Value("int32"),
         "width": Value("int32"),
         "dtype": Value("string"),
+        "seconds": Value("float32"),  # the image's share of the time its batch was drawn in
+        "reject_reason": Value("string"),  # empty if selected, or if nothing is decided yet
+    }
+)
+CANDIDATES = Features(
+    {
+        **DRAWN,
         "clip_score": Value("float32"),
         "scorer": Value("string"),
         "scorer_identity": Value("string"),
         "rank": Value("int32"),  # 1 = best, equal = tie, null = dropped before it could be ranked
         "selected": Value("bool"),
-        "reject_reason": Value("string"),  # empty if selected
-        "seconds": Value("float32"),  # the image's share of the time its batch was drawn in
     }
 )
 
@@ -62,8 +67,15 @@ class Block:
 class CandidatesTable:
     """The blocks of a list of prompts, in order; InputError if `folder` holds other prompts or settings."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, object], prompts: list[Record], block_size: int):
-        self.folder, self.identity = folder, dict(identity)
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, object],
+        prompts: list[Record],
+        block_size: int,
+        features: Features = CANDIDATES,
+    ):
+        self.folder, self.identity, self.features = folder, dict(identity), features
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             claim(folder, self.identity, what="folder", option="--output_dir")
@@ -80,23 +92,27 @@ class CandidatesTable:
 
     def write(self, block: Block, rows: Iterable[Record]) -> None:
         """Write the block's rows, whole or not at all; what else is in the records stays out."""
-        table = pa.Table.from_pylist(list(rows), schema=CANDIDATES.arrow_schema)
+        table = pa.Table.from_pylist(list(rows), schema=self.features.arrow_schema)
         with writing(block.file), replacing(block.file) as partial:
             pq.write_table(table, partial)
 
     def read(self, selection: Stage) -> Iterator[Record]:
         """All rows as `selection` decides on them; blocks that were decided otherwise are rewritten."""
         for block in self.blocks:
-            try:
-                found = pq.read_table(block.file).to_pylist()
-            except (OSError, pa.ArrowInvalid) as error:
-                raise InputError(
-                    f"{block.file} cannot be read: {error}. Delete it, and run the same command again"
-                ) from error
+            found = self.rows(block)
             rows = list(selection(found))
             if rows != found:
                 self.write(block, rows)
             yield from rows
+
+    def rows(self, block: Block) -> list[Record]:
+        """What is written of a block; one that cannot be read is an InputError."""
+        try:
+            return pq.read_table(block.file).to_pylist()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(
+                f"{block.file} cannot be read: {error}. Delete it, and run the same command again"
+            ) from error
 
     def clean(self) -> None:
         """Remove what killed runs left half written; only while no process writes."""

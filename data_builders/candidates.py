@@ -31,12 +31,13 @@ def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {candidate} {prompt}".encode()).digest()[:4])
 
 
-def expand(candidates: int, seed: int) -> Stage:
-    """The stage that makes of each prompt its candidates, numbered from 0, each with its own seed."""
+def expand(candidates: Iterable[int], seed: int) -> Stage:
+    """The stage that makes of each prompt the candidates of these numbers, each with its own seed."""
+    numbers = list(candidates)
 
     def stage(records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
-            for i in range(candidates):
+            for i in numbers:
                 yield record | {"candidate": i, "seed": candidate_seed(seed, record["prompt"], i)}
 
     return stage

@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Features, Image, Value
-
 from data_builders.candidates import TOO_FEW
 from data_builders.stages import REASON, Record, by_prompt
+from data_builders.tables import PAIRS, Export, write_exports
 from prefopt.records import InputError
 from prefopt.runs import versions
 from prefopt.store import write_atomically, writing
-
-PAIRS = Features(
-    {
-        "prompt": Value("string"),
-        "chosen": Image(),
-        "rejected": Image(),
-        "margin": Value("float32"),
-        "chosen_score": Value("float32"),
-        "rejected_score": Value("float32"),
-        "prompt_id": Value("string"),
-        "chosen_seed": Value("int64"),
-        "rejected_seed": Value("int64"),
-    }
-)
 
 
 @dataclass
@@ -76,53 +57,26 @@ def _mean(values: list[float]) -> float | None:
     return round(sum(values) / len(values), 4) if values else None
 
 
-class Shards:
-    """Parquet files of one split, a new one whenever the images of the last exceed `max_bytes`."""
-
-    def __init__(self, folder: Path, split: str, max_bytes: int):
-        self.folder, self.split, self.max_bytes = folder, split, max_bytes
-        self.files, self.size = 0, 0
-        self.rows: list[Record] = []
-
-    def add(self, row: Record) -> None:
-        """Take a row; write a file if it is full."""
-        self.rows.append(row)
-        self.size += len(row["chosen"]["bytes"]) + len(row["rejected"]["bytes"])
-        if self.size >= self.max_bytes:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the rows that wait."""
-        if self.rows:
-            table = pa.Table.from_pylist(self.rows, schema=PAIRS.arrow_schema)
-            pq.write_table(table, self.folder / f"{self.split}-{self.files:05d}.parquet")
-            self.files, self.size, self.rows = self.files + 1, 0, []
-
-
 def export_pairs(rows: Iterable[Record], folder: Path, *, test_fraction: float, max_bytes: int) -> Figures:
     """Write each prompt's selected rows as a pair, in the split its text falls to; `folder` is replaced."""
     figures = Figures()
-    staging = folder.with_name(f".{folder.name}")
-    with writing(folder):
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        shards = {split: Shards(staging, split, max_bytes) for split in ("train", "test")}
-        for group in by_prompt(rows):
-            figures.add(group)
-            selected = sorted((row for row in group if row["selected"]), key=lambda row: row["rank"])
-            if not selected:
-                reasons = [row[REASON] for row in group if row["rank"] is not None]
-                figures.dropped_prompts[reasons[0] if reasons else TOO_FEW] += 1
-                continue
-            pair = make_pair(*selected)
-            split = "test" if in_test(pair["prompt_id"], test_fraction) else "train"
-            shards[split].add(pair)
-            figures.pairs[split] += 1
-            figures.margins.append(pair["margin"])
-        for split in shards.values():
-            split.flush()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staging, folder)
+
+    def pair(group: list[Record]) -> list[Record]:
+        figures.add(group)
+        selected = sorted((row for row in group if row["selected"]), key=lambda row: row["rank"])
+        if not selected:
+            reasons = [row[REASON] for row in group if row["rank"] is not None]
+            figures.dropped_prompts[reasons[0] if reasons else TOO_FEW] += 1
+            return []
+        made = make_pair(*selected)
+        figures.margins.append(made["margin"])
+        return [made]
+
+    export = Export(folder.name, PAIRS, pair)
+    counts = write_exports(
+        by_prompt(rows), folder.parent, [export], test_fraction=test_fraction, max_bytes=max_bytes
+    )
+    figures.pairs = counts[folder.name]
     return figures
 
 
@@ -139,11 +93,6 @@ def make_pair(chosen: Record, rejected: Record) -> Record:
         "chosen_seed": chosen["seed"],
         "rejected_seed": rejected["seed"],
     }
-
-
-def in_test(prompt_id: str, fraction: float) -> bool:
-    """Whether a prompt is held out: a property of its text, whatever else is in the dataset."""
-    return int(prompt_id[:8], 16) < fraction * 2**32
 
 
 CARD = """---

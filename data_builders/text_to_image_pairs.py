@@ -15,13 +15,11 @@ Every image can be drawn again from its row, and the dataset is the same for any
 kind of machine. Left out: judges beside CLIP, and selections beside best against worst.
 """
 
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -30,18 +28,18 @@ from tqdm import tqdm
 
 from data_builders.blocks import Block, CandidatesTable
 from data_builders.candidates import draw, encode, expand, rank, score, select
+from data_builders.config import DrawingConfig, at_least
 from data_builders.export import export_pairs, write_build
 from data_builders.prompts import POCKET, distinct, identify, read_prompts
 from data_builders.sources import Source, settle
 from data_builders.stages import flow, watched
 from prefopt.cli import run
-from prefopt.evaluation.text_to_image import Sampler
 from prefopt.judges.clip import ClipScorer
 from prefopt.records import InputError
 
 
 @dataclass
-class TextToImagePairsConfig:
+class TextToImagePairsConfig(DrawingConfig):
     """The options of this builder."""
 
     prompts: str | None = field(
@@ -50,44 +48,18 @@ class TextToImagePairsConfig:
     num_prompts: int | None = field(
         default=None, metadata={"help": "Use the first so many (default: a file's all, the pocket's 160)."}
     )
-    candidates: int = field(default=8, metadata={"help": "Images per prompt."})
-    seed: int = field(default=0, metadata={"help": "The images' own seeds follow from it."})
-    model_name_or_path: str = field(
-        default="pocket", metadata={"help": "Who draws: a folder, a hub id or pocket."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of that model on the hub."})
-    adapter: str | None = field(default=None, metadata={"help": "A LoRA to draw with, folder or file."})
-    adapter_scale: float = field(default=1.0, metadata={"help": "The LoRA's weight."})
-    num_inference_steps: int = field(default=20, metadata={"help": "Denoising steps."})
-    guidance_scale: float = field(default=3.0, metadata={"help": "Classifier-free guidance; 1 is none."})
-    height: int | None = field(default=None, metadata={"help": "Pixels (default: the model's)."})
-    width: int | None = field(default=None, metadata={"help": "Pixels (default: the model's)."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Precision of drawing."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Images drawn at once."})
-    block_size: int = field(default=8, metadata={"help": "Prompts written together: what a crash costs."})
     clip_model_name_or_path: str = field(
         default="pocket", metadata={"help": "CLIP that scores: a folder, a hub id or pocket."}
     )
     min_margin: float = field(
         default=0.0, metadata={"help": "Prompts whose best and worst score differ by less give no pair."}
     )
-    test_fraction: float = field(default=0.0, metadata={"help": "Share of prompts held out as `test`."})
-    shard_megabytes: int = field(default=256, metadata={"help": "Largest file of pairs."})
     output_dir: str = field(default="data/pairs", metadata={"help": "Where the dataset goes."})
 
     def __post_init__(self) -> None:
-        ones = ("num_prompts", "num_inference_steps", "batch_size", "block_size", "shard_megabytes")
-        for name, smallest in {"candidates": 2, "min_margin": 0, **dict.fromkeys(ones, 1)}.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= smallest):
-                raise InputError(f"--{name} is {value}; it is {smallest} or more")
-        if not 0 <= self.test_fraction < 1:
-            raise InputError(f"--test_fraction is {self.test_fraction}; it lies in [0, 1)")
-        for name in ("height", "width"):
-            if (value := getattr(self, name)) is not None and (value < 8 or value % 8):
-                raise InputError(f"--{name} is {value}; it is a multiple of 8")
+        super().__post_init__()
+        at_least(self, 1, "num_prompts")
+        at_least(self, 0, "min_margin")
         if self.prompts is None and self.model_name_or_path != POCKET:
             raise InputError("--prompts is missing: name a text file, one prompt a line")
         self.prompts = self.prompts or POCKET
@@ -101,15 +73,7 @@ def main(config: TextToImagePairsConfig) -> None:
     # Without `cpu`, processes on CPUs would each believe to be the only one; one that is done waits for all.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
     texts = read_prompts(str(config.prompts), config.num_prompts, config.seed)
-    sampler = Sampler(config.num_inference_steps, config.guidance_scale, config.height, config.width)
-    source = Source(
-        config.model_name_or_path,
-        sampler,
-        config.revision,
-        config.adapter,
-        config.adapter_scale,
-        config.dtype,
-    )
+    source = config.source
     clip = ClipScorer(config.clip_model_name_or_path, device=torch.device(str(state.device)))
     settle(clip.model)
     made_with = source.identity() | {"scorer_identity": clip.identity}
@@ -156,7 +120,7 @@ def draw_blocks(
     quiet = not PartialState().is_main_process
     with tqdm(total=images, desc="candidates", unit="image", disable=quiet) as bar:
         stages = [
-            expand(config.candidates, config.seed),
+            expand(range(config.candidates), config.seed),
             draw(source.load(clip.device), source.sampler, config.batch_size),
             encode(threads=4, ahead=2 * config.batch_size),
             score(clip, config.batch_size),

@@ -18,7 +18,7 @@ import tiny
 import torch
 from PIL import Image
 
-from data_builders import export
+from data_builders import tables
 from data_builders.candidates import (
     BETWEEN,
     NO_MARGIN,
@@ -31,9 +31,10 @@ from data_builders.candidates import (
     score,
     select,
 )
-from data_builders.export import PAIRS, export_pairs, in_test
+from data_builders.export import export_pairs
 from data_builders.prompts import distinct, identify, pocket_captions, read_prompts
 from data_builders.stages import flow
+from data_builders.tables import PAIRS, in_test
 from data_builders.text_to_image_pairs import TextToImagePairsConfig, main
 from prefopt.diffusion.sampling import load_pipeline, sample
 from prefopt.pocket.world import parse, train_scenes
@@ -67,7 +68,7 @@ def painted(colours):
 
 
 def judged(prompts, colours, *, candidates, min_margin=0.0):
-    stages = [expand(candidates, 0), painted(colours), encode(2, ahead=3), score(redness, 2), rank]
+    stages = [expand(range(candidates), 0), painted(colours), encode(2, ahead=3), score(redness, 2), rank]
     return list(flow(identify(prompts), [*stages, select(min_margin)]))
 
 
@@ -99,7 +100,7 @@ def test_a_tie_gives_no_pair():
 
 
 def test_a_score_that_is_not_finite_drops_its_candidate():
-    stages = [expand(3, 0), painted([(1, 1), (20, 1), (30, 1)]), encode(1, ahead=1)]
+    stages = [expand(range(3), 0), painted([(1, 1), (20, 1), (30, 1)]), encode(1, ahead=1)]
     scored = flow(identify(["x"]), [*stages, score(lambda images, _: np.full(len(images), np.nan), 8), rank])
     assert [row["reject_reason"] for row in select(0.0)(scored)] == ["black"] + ["score not finite"] * 2
 
@@ -108,7 +109,7 @@ def test_a_seed_depends_on_seed_prompt_and_candidate_alone():
     assert candidate_seed(0, "a red lion", 1) == 0x13650BEC, "seeds on disk mean what they meant"
     seeds = {candidate_seed(s, p, c) for s in range(5) for p in ("a", "b", "a 1") for c in range(20)}
     assert len(seeds) == 300 and all(0 <= seed < 2**32 for seed in seeds)
-    rows = list(expand(3, 7)(identify(["a", "b"])))
+    rows = list(expand(range(3), 7)(identify(["a", "b"])))
     assert [row["seed"] for row in rows[3:]] == [candidate_seed(7, "b", i) for i in range(3)]
 
 
@@ -382,8 +383,8 @@ def test_a_crash_of_the_export_leaves_nothing_half_made(workplace, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(export.pq, "write_table", full)
-        with pytest.raises(InputError, match=r"could not write .*pairs: No space left"):
+        patched.setattr(tables.pq, "write_table", full)
+        with pytest.raises(InputError, match=r"could not write .*whole: No space left"):
             main(settings(workplace, "whole"))
     assert list((workplace / "whole" / "pairs").iterdir()), "the old pairs stay"
     main(settings(workplace, "whole"))
