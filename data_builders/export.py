@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_builders.candidates import TOO_FEW
+from data_builders.shards import PAIRS, Export, write_exports
 from data_builders.stages import REASON, Record, by_prompt
-from data_builders.tables import PAIRS, Export, write_exports
 from prefopt.records import InputError
 from prefopt.runs import versions
 from prefopt.store import write_atomically, writing

@@ -172,7 +172,7 @@ class Ask(_Loaded):
     def work(self, block: int, bar: tqdm) -> None:
         """Ask what has no answer, batch by batch."""
         for batch in self._missing(block):
-            opened = [(row, questions, _opened(row)) for row, questions in batch]
+            opened = [(row, questions, opened(row)) for row, questions in batch]
             cases = [Case(image, row["prompt"], tuple(questions)) for row, questions, image in opened]
             answers = self.model.answer(cases)
             self.calls += sum(len(case.questions) for case in cases)
@@ -260,7 +260,7 @@ class Detect(_Loaded):
     def work(self, block: int, bar: tqdm) -> None:
         """Detect batch by batch."""
         for batch in self._missing(block):
-            found = self.model.detect([_opened(row) for row in batch], [[self._class(row)] for row in batch])
+            found = self.model.detect([opened(row) for row in batch], [[self._class(row)] for row in batch])
             self.calls += len(batch)
             plain = [[[box.label, *map(float, box[1:])] for box in boxes] for boxes in found]
             self.ledger.add({self.key(row): boxes for row, boxes in zip(batch, plain, strict=True)})
@@ -284,7 +284,7 @@ class Detect(_Loaded):
         return [batch for batch in batches if any(self.key(row) not in self.ledger for row in batch)]
 
 
-def _opened(row: Record) -> Image.Image:
+def opened(row: Record) -> Image.Image:
     """The picture of a row; of one without, an empty image of its size."""
     if row["image"] is None:
         return Image.new("RGB", (row["width"], row["height"]), GREY)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,6 +12,15 @@ from torch import nn
 from data_builders.stages import Record
 from prefopt.diffusion.sampling import load_pipeline
 from prefopt.evaluation.text_to_image import Sampler, System, system_identity
+from prefopt.records import InputError
+
+SOURCE_KEYS: dict[str, Callable] = {
+    "steps": int,
+    "guidance": float,
+    "adapter": str,
+    "scale": float,
+    "revision": str,
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,38 @@ class Source:
             **asdict(self.sampler),
             "dtype": self.dtype,
         }
+
+
+def parse_source(text: str, base: Source) -> Source:
+    """A source as a flag says it: a model, or nothing for the base's, and `key=value` for what differs.
+
+    `stabilityai/sdxl-turbo steps=1 guidance=0` · `adapter=runs/sft scale=0.4`
+    """
+    words = text.split()
+    name = words.pop(0) if words and "=" not in words[0] else base.model
+    given = dict(word.partition("=")[::2] for word in words)
+    if unknown := sorted(given.keys() - SOURCE_KEYS.keys()):
+        raise InputError(f"--sources {text!r}: unknown {unknown[0]!r}; known are {', '.join(SOURCE_KEYS)}")
+    values = {}
+    for key, value in given.items():
+        try:
+            values[key] = SOURCE_KEYS[key](value)
+        except ValueError as error:
+            raise InputError(f"--sources {text!r}: {key} is {value!r}, not a number") from error
+    same = name == base.model
+    sampler = replace(
+        base.sampler,
+        num_inference_steps=values.get("steps", base.sampler.num_inference_steps),
+        guidance_scale=values.get("guidance", base.sampler.guidance_scale),
+    )
+    return Source(
+        name,
+        sampler,
+        values.get("revision", base.revision if same else None),
+        values.get("adapter", base.adapter if same else None),
+        values.get("scale", base.adapter_scale),
+        base.dtype,
+    )
 
 
 def settle(module: nn.Module) -> None:

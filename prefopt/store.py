@@ -7,6 +7,7 @@ finished ones, and any number of processes may write side by side.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -90,6 +91,22 @@ def claim(folder: Path, identity: Mapping[str, object], *, what: str, option: st
                 f"the {what} {folder} does not fit this run: its {name} is {found.get(name)}, this "
                 f"run's is {identity.get(name)}. Name another {option}, or delete that folder."
             )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder against a second run; InputError if one is at work there. A killed run's hold is gone."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another run is at work in {folder}. Wait for it, or name another --output_dir"
+            ) from error
+        yield
 
 
 class TensorStore:

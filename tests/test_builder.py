@@ -18,7 +18,7 @@ import tiny
 import torch
 from PIL import Image
 
-from data_builders import tables
+from data_builders import shards
 from data_builders.candidates import (
     BETWEEN,
     NO_MARGIN,
@@ -33,8 +33,8 @@ from data_builders.candidates import (
 )
 from data_builders.export import export_pairs
 from data_builders.prompts import distinct, identify, pocket_captions, read_prompts
+from data_builders.shards import PAIRS, in_test
 from data_builders.stages import flow
-from data_builders.tables import PAIRS, in_test
 from data_builders.text_to_image_pairs import TextToImagePairsConfig, main
 from prefopt.diffusion.sampling import load_pipeline, sample
 from prefopt.pocket.world import parse, train_scenes
@@ -383,7 +383,7 @@ def test_a_crash_of_the_export_leaves_nothing_half_made(workplace, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tables.pq, "write_table", full)
+        patched.setattr(shards.pq, "write_table", full)
         with pytest.raises(InputError, match=r"could not write .*whole: No space left"):
             main(settings(workplace, "whole"))
     assert list((workplace / "whole" / "pairs").iterdir()), "the old pairs stay"

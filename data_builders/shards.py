@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, Sequence, Value
 
+from data_builders.blocks import DRAWN
 from data_builders.stages import Record
 from prefopt.store import writing
 
@@ -59,6 +60,31 @@ PICKAPIC = Features(
         "label_0": Value("float32"),
         "label_1": Value("float32"),
         "caption": Value("string"),
+    }
+)
+JUDGED = Features(
+    {
+        **DRAWN,
+        "class": Value("string"),
+        "questions": Sequence(Value("string")),  # the rubric's names; the next five have one value for each
+        "verdicts": Sequence(Value("string")),  # yes, no, or empty: unclear
+        "log_odds": Sequence(Value("float32")),  # ln p(yes) / p(no)
+        "empty_log_odds": Sequence(Value("float32")),  # of the same question about an empty image
+        "leaked": Sequence(Value("float32")),  # share of the mass on neither yes nor no
+        "points": Sequence(Value("float32")),
+        "hard_score": Value("float32"),  # the sum of the points; null: dropped before it was judged
+        "soft_score": Value("float32"),
+        "boxes": [
+            {"label": Value("string"), "confidence": Value("float32")}
+            | {side: Value("float32") for side in ("left", "top", "right", "bottom")}  # pixels
+        ],
+        "confidence": Value("float32"),  # of the surest box; 0: none
+        "rank": Value("int32"),  # by soft score; 1 = best, equal = tie, null = dropped before
+        "selected": Value("bool"),  # the prompt's optimal image; else reject_reason says why not
+        "judge": Value("string"),
+        "judge_identity": Value("string"),
+        "detector": Value("string"),
+        "detector_identity": Value("string"),
     }
 )
 
