@@ -1,0 +1,240 @@
+"""A vision-language model as a judge: how it is asked, how it is read, and one question at a time.
+
+The words are those of transformers' System One requests, so that its DecisionPipeline, `transformers serve`
+and our judges show a model the same tokens. What is read is wider: a yes is any token that spells yes, and
+the mass of all other tokens is the answer's `leaked`. With `bare_labels` the probabilities are those of
+DecisionPipeline.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature
+from transformers.decision import DecisionConfig
+from transformers.decision.template_utils import DECISION_PROMPT, label_token_ids
+from transformers.pipelines.decision import DecisionPipeline
+
+from prefopt import pocket
+from prefopt.judges.questions import NO, YES, Answer, Case, Question
+from prefopt.records import InputError
+from prefopt.store import content_key, tensors_key
+from prefopt.vlm.models import load_vlm
+
+SYSTEM_ONE = {"predicate": "noul", "choice": "choice", "score": "score"}
+PREDICATE_LABELS = ["Yes", "No"]
+SPACES = "\u2581\u0120 "  # how SentencePiece and byte-level vocabularies write a leading space
+Prompts = list[tuple[dict[str, Any], list[Any]]]  # of each: the model's inputs, the questions it answers
+
+
+class Respondent:
+    """A vision-language model with its processor, as one that answers questions.
+
+    `identity` names all that its answers depend on but for rounding: weights, dtype, tokenizer and processor,
+    template, labels and how they are read.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str = "pocket",
+        revision: str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        attn_implementation: str = "sdpa",
+        bare_labels: bool = False,
+    ):
+        name = pocket.resolve(str(model_name_or_path), "llava")
+        model, processor = load_vlm(
+            name, revision=revision, dtype=dtype, attn_implementation=attn_implementation
+        )
+        self.name = name
+        self.decision = DecisionConfig.from_pretrained(
+            name, revision=revision, _raise_exceptions_for_connection_errors=False
+        )
+        if self.decision.adapter:
+            raise InputError(f"{name} keeps an adapter in {self.decision.adapter}; merge it into the model")
+        self.model = model.eval()
+        self.processor: Any = copy.copy(processor)
+        self.tokenizer: Any = self.processor.tokenizer
+        self.processor.image_processor = self._image = _OneImage(self.processor.image_processor)
+        self.bare_labels = bare_labels
+        self.spellings = {} if bare_labels else _spellings(self.tokenizer)
+        self.identity = self._identity()
+        self.model.to(device)  # pyright: ignore[reportArgumentType] (its decorator hides the signature)
+
+    def prompts(self, case: Case) -> Prompts:
+        """The tokenised prompts of a case: one a question, unless the model's own template joins them."""
+        self._image.forget()
+        try:
+            prompts = self.decision.prepare_inputs(request(case), self.processor)
+        except ValueError as error:
+            raise InputError(f"{self.name} cannot be asked: {error}") from error
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        longest = max(inputs["input_ids"].shape[1] for inputs, _ in prompts)
+        if limit is not None and longest > limit:
+            raise InputError(
+                f"a question about {case.prompt[:60]!r} takes {longest} tokens, {self.name} reads {limit}; "
+                "shorten the description or the question, or make the image smaller"
+            )
+        return prompts
+
+    def read(self, questions: Sequence[Question], asked: Sequence[Any], logits: Tensor) -> list[Answer]:
+        """Answers from the next token's logits (questions, vocabulary); `asked` came with the prompts."""
+        return [
+            self._answer(question, parsed, scores)
+            for question, parsed, scores in zip(questions, asked, logits, strict=True)
+        ]
+
+    def _answer(self, question: Question, parsed: Any, logits: Tensor) -> Answer:
+        log_p = logits.double().log_softmax(-1)
+        groups = self._tokens(parsed)
+        mass = torch.stack([log_p[group].logsumexp(0) for group in groups])
+        p = (mass / float(self.decision.temperature.get(parsed.type, 1.0))).softmax(0).tolist()
+        if question.type == "predicate":
+            by_option = dict(zip(parsed.options, p, strict=True))
+            p = [by_option["true"], by_option["false"]]
+        leaked = max(0.0, 1 - float(mass.logsumexp(0).exp()))
+        return Answer(dict(zip(question.options, p, strict=True)), leaked)
+
+    def _tokens(self, parsed: Any) -> list[list[int]]:
+        """The tokens that count for each option; the labels of a choice or score are single letters."""
+        if not self.bare_labels and parsed.labels == PREDICATE_LABELS:
+            return [self.spellings[label.casefold()] for label in parsed.labels]
+        try:
+            return [[token] for token in label_token_ids(self.tokenizer, tuple(parsed.labels))]
+        except ValueError as error:
+            raise InputError(f"{self.name} cannot be asked a {parsed.type}: {error}") from error
+
+    def _identity(self) -> str:
+        parts = {
+            "weights": tensors_key(self.model.state_dict()),
+            "dtype": str(self.model.dtype),
+            "tokenizer": sorted(self.tokenizer.get_vocab().items()),
+            "processor": type(self.processor).__name__,
+            "images": self._image.wrapped.to_dict(),
+            "template": self.processor.chat_template,
+            "prompt": [request(Case(Image.new("RGB", (1, 1)), "", ()))["state"], DECISION_PROMPT],
+            "decision": vars(self.decision),
+            "read": self.spellings or "bare labels",
+        }
+        return content_key(json.dumps(parts, sort_keys=True, default=str))
+
+
+class DecisionJudge:
+    """Any chat model through transformers' DecisionPipeline: a forward pass of prompt and image per question.
+
+    `model` is a Respondent, or what makes one: a name or folder, and `loading` the rest.
+    """
+
+    def __init__(self, model: str | Respondent = "pocket", **loading: Any):
+        self.respondent = model if isinstance(model, Respondent) else Respondent(model, **loading)
+        self.identity = self.respondent.identity
+        self._pipeline: _WholeLogits | None = None
+
+    def answer(self, cases: Sequence[Case]) -> list[list[Answer]]:
+        """The answers of each case, in the order of its questions."""
+        return [self._one(case) if case.questions else [] for case in cases]
+
+    def _one(self, case: Case) -> list[Answer]:
+        if self._pipeline is None:
+            model = self.respondent.model
+            self._pipeline = _WholeLogits(respondent=self.respondent, model=model, device=model.device)
+        whole: Any = self._pipeline(case)
+        return self.respondent.read(case.questions, whole["asked"], whole["logits"])
+
+
+class _WholeLogits(DecisionPipeline):
+    """DecisionPipeline up to the labels: all of the next token's logits, for a wider reading of them."""
+
+    def __init__(self, *args: Any, respondent: Respondent, **kwargs: Any):
+        self.respondent = respondent
+        super().__init__(
+            *args,
+            tokenizer=respondent.tokenizer,
+            processor=respondent.processor,
+            decision_config=respondent.decision,
+            **kwargs,
+        )
+
+    def preprocess(self, case: Case) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return {"prompts": self.respondent.prompts(case)}
+
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        logits = []
+        for inputs, _ in model_inputs["prompts"]:
+            inputs = dict(inputs)
+            marks = inputs.pop("marks")
+            logits.append(self.model(**inputs, use_cache=False, logits_to_keep=marks - 1).logits[0])
+        asked = [question for _, questions in model_inputs["prompts"] for question in questions]
+        return {"asked": asked, "logits": torch.cat(logits)}
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
+        return model_outputs
+
+
+def request(case: Case) -> dict[str, Any]:
+    """The System One request of a case: the image, then `Description:` and the prompt, then each question."""
+    names = [question.name for question in case.questions]
+    if len(set(names)) < len(names):
+        raise InputError(f"of the questions {', '.join(names)} two share a name; name each once")
+    # A text that holds the placeholder would show the image wherever it likes.
+    texts = "\n".join([case.prompt, *(f"{q.text}\n{q.options}" for q in case.questions)])
+    number = next(n for n in range(len(texts) + 2) if f"<image-{n}>" not in texts)
+    placeholder = f"<image-{number}>"
+    return {
+        "state": f"{placeholder}\nDescription: {case.prompt}",
+        "questions": {question.name: _question(question) for question in case.questions},
+        "assets": {placeholder: case.image},
+    }
+
+
+def _question(question: Question) -> dict[str, Any]:
+    parts = {"type": SYSTEM_ONE[question.type], "instructions": question.text}
+    if question.type == "predicate":
+        return parts
+    if len(set(question.options)) < len(question.options):
+        raise InputError(f"{question.name} has two equal options: {', '.join(question.options)}")
+    named = question.type == "choice"
+    return parts | {"criteria": dict.fromkeys(question.options) if named else list(question.options)}
+
+
+def _spellings(tokenizer: Any) -> dict[str, list[int]]:
+    """Every single token that spells yes, and no: in any case, with or without a space before it."""
+    found: dict[str, list[int]] = {YES: [], NO: []}
+    for token, number in sorted(tokenizer.get_vocab().items()):
+        word = token.lstrip(SPACES).casefold()
+        if word in found:
+            found[word].append(number)
+    for word, tokens in found.items():
+        if not tokens:
+            raise InputError(f"no single token of this model spells {word!r}, so its answer cannot be read")
+    return found
+
+
+class _OneImage:
+    """An image processor that works once: the prompts of a case all show the same image."""
+
+    def __init__(self, wrapped: Any):
+        self.wrapped = wrapped
+        self.forget()
+
+    def forget(self) -> None:
+        """The next image is another one."""
+        self._result: BatchFeature | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        result = self.wrapped(*args, **kwargs) if self._result is None else self._result
+        self._result = result
+        return copy.copy(result)  # processors take entries out of it
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "wrapped":  # while it is being copied there is none yet
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
