@@ -27,8 +27,9 @@ from prefopt.diffusion.sampling import ADAPTER_FILE, MODEL_FILE
 from prefopt.evaluation.report import terminal_table, write_report
 from prefopt.evaluation.text_to_image import Sampler, System, compare, processes
 from prefopt.judges.clip import ClipScorer
+from prefopt.pocket.drawing import ANIMALS
 from prefopt.pocket.oracle import Oracle
-from prefopt.pocket.world import caption, held_out_scenes
+from prefopt.pocket.world import PHRASINGS, caption, held_out_scenes
 from prefopt.records import InputError
 
 
@@ -52,6 +53,10 @@ class CompareConfig:
     prompts: str | None = field(
         default=None,
         metadata={"help": "Text file, one prompt a line (default: the pocket's held-out captions)."},
+    )
+    classes: list[str] = field(
+        default_factory=lambda: list(ANIMALS),
+        metadata={"help": "Of the pocket's held-out captions, those of these animals."},
     )
     num_prompts: int = field(default=100, metadata={"help": "Use the first so many prompts."})
     num_seeds: int = field(default=2, metadata={"help": "Images per prompt and system."})
@@ -126,7 +131,10 @@ def read_systems(config: CompareConfig) -> list[System]:
 def read_prompts(config: CompareConfig) -> list[str]:
     """The first prompts of the file, each once and none empty, or the pocket's held-out captions."""
     if config.prompts is None:
-        prompts = [caption(scene, phrasing) for phrasing, scene in enumerate(held_out_scenes())]
+        if unknown := [name for name in config.classes if name not in ANIMALS]:
+            raise InputError(f"--classes {unknown[0]} is no animal of the pocket: {', '.join(ANIMALS)}")
+        scenes = [scene for scene in held_out_scenes() if scene.animal in config.classes]
+        prompts = [caption(scene, i + turn) for turn in range(PHRASINGS) for i, scene in enumerate(scenes)]
     elif not Path(config.prompts).is_file():
         raise InputError(f"no prompts file {config.prompts}")
     else:
