@@ -42,7 +42,7 @@ def check(
     colour = expected_colour(prompt)
     if colour is None or not found:
         return UNCLEAR
-    return _answer(all(colour_share(crop(image, box), colour) >= SHARE for box in found))
+    return _answer(all(_stands_out(image, box, colour) for box in found))
 
 
 def expected_count(prompt: str, class_name: str) -> int | None:
@@ -71,6 +71,12 @@ def crop(image: Image.Image, box: Box) -> Image.Image:
     left, top = max(0, int(box.left)), max(0, int(box.top))
     right, bottom = min(image.width, int(np.ceil(box.right))), min(image.height, int(np.ceil(box.bottom)))
     return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+
+
+def _stands_out(image: Image.Image, box: Box, colour: str) -> bool:
+    """Whether a box has the colour, and more of it than the whole image: grass is not a green animal."""
+    inside = colour_share(crop(image, box), colour)
+    return inside >= SHARE and inside >= colour_share(image, colour)
 
 
 def colour_share(image: Image.Image, colour: str) -> float:

@@ -2,7 +2,7 @@
 
     python recipes/self_reward.py
     python recipes/self_reward.py --model_name_or_path stabilityai/stable-diffusion-2-1 --num_processes 4 \\
-        --classes Elephant Giraffe --rounds 2 --build build.yaml --sft sft.yaml --dpo dpo.yaml --compare compare.yaml
+        --classes Elephant Giraffe --build build.yaml --sft sft.yaml --dpo dpo.yaml --compare compare.yaml
 
 A round is four commands, each printed before it runs, so that any can be run alone: the self-rewarding
 builder, SFT on the optimal images, Diffusion-DPO on the pairs, and the comparison of both with the base. The
@@ -128,7 +128,7 @@ def step(name: str, command: list[str], folder: Path, processes: int) -> None:
     code = subprocess.run(launch, check=False).returncode
     if code:
         raise InputError(
-            f"the step {name} ended with exit code {code}, its message is above; mend that, then run this again"
+            f"the step {name} ended with exit code {code}, its message is above; mend it and run this again"
         )
     write_atomically(record, key)
 
