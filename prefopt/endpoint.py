@@ -1,0 +1,167 @@
+"""A model behind HTTP: JSON requests that outlast a busy server, a restarted one and a bad line.
+
+Connection errors, timeouts, 429 and 5xx are tried again, after waits that double and vary (or as long as
+Retry-After asks); anything else is final. A server that has never answered gets two retries only, so that a
+wrong address is known at once. The API key comes from the environment alone: PREFOPT_API_KEY, or
+OPENAI_API_KEY. It is never logged, a message that quotes a server has it blotted out, and redirects are
+errors, so it reaches no other host.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+import httpx2
+
+from prefopt.records import InputError
+
+logger = logging.getLogger(__name__)
+
+KEYS = ("PREFOPT_API_KEY", "OPENAI_API_KEY")
+ABSENT = (404, 405, 501)  # what a server says to a route that it does not have
+LONGEST_WAIT = 30.0  # seconds between two tries of a server that does not say how long
+LONGEST_OBEYED = 600.0  # seconds that a Retry-After may ask for
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Refused(InputError):
+    """The server answered, and a retry would be answered the same; `status` is the HTTP status."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+class Endpoint:
+    """A server's address, with or without `/v1` at its end, and how patiently it is asked.
+
+    `retries` is how often one request is tried again, `timeout` how many seconds an answer may take,
+    `first_wait` the seconds before the first retry.
+    """
+
+    def __init__(self, url: str, *, retries: int = 10, timeout: float = 300.0, first_wait: float = 0.5):
+        self.url = _checked(url)
+        self.retries = retries
+        self.first_wait = first_wait
+        self._key = _key()
+        self._client = httpx2.Client(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
+            follow_redirects=False,
+        )
+        weakref.finalize(self, self._client.close)
+        self._answered = False
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The JSON object that the server answers; Refused if it will not, InputError if it stays away."""
+        url, tried = f"{self.url}{path}", 0
+        while True:
+            after = None
+            try:
+                response = self._client.post(url, json=body)
+            except httpx2.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                self._answered = True
+                if response.status_code != 429 and (
+                    response.status_code < 500 or response.status_code == 501
+                ):
+                    return self._read(response, url)
+                problem, after = self._said(response), retry_after(response.headers.get("Retry-After"))
+            if tried == (self.retries if self._answered else min(self.retries, 2)):
+                raise InputError(
+                    f"gave up on {url} after {tried + 1} tries; the last error was {self._blotted(problem)}. "
+                    "Is the server running, and is this its address?"
+                )
+            wait = min(LONGEST_WAIT, self.first_wait * 2**tried) * random.uniform(0.5, 1.0)
+            tried += 1
+            logger.info("%s: %s; try %d follows", url, self._blotted(problem), tried + 1)
+            time.sleep(wait if after is None else min(after, LONGEST_OBEYED))
+
+    def _read(self, response: httpx2.Response, url: str) -> dict[str, Any]:
+        if response.is_redirect:
+            target = response.headers.get("Location", "elsewhere")
+            raise Refused(
+                f"{url} redirects to {target}; name that address itself if you trust it", response.status_code
+            )
+        if not response.is_success:
+            hint = (
+                " Set PREFOPT_API_KEY to a key that it accepts." if response.status_code in (401, 403) else ""
+            )
+            raise Refused(f"{url} answered {self._said(response)}.{hint}", response.status_code)
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise InputError(f"{url} answered {self._said(response)}, which is no JSON object")
+        return answer
+
+    def _said(self, response: httpx2.Response) -> str:
+        """Status and the start of the body, in one line."""
+        text = " ".join(response.text.split())
+        return self._blotted(f"{response.status_code} {response.reason_phrase}: {text}")[:400]
+
+    def _blotted(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], concurrency: int) -> list[Result]:
+    """What `work` makes of each item, in order; after a first error no further item is begun."""
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        return [future.result() for future in [pool.submit(work, item) for item in items]]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def retry_after(header: str | None) -> float | None:
+    """The seconds that a Retry-After header asks for, as a number or a date; None if it says nothing."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):  # no date, or one without its time zone
+        return None
+
+
+def _key() -> str | None:
+    """The API key of the environment, if there is one."""
+    for name in KEYS:
+        if key := os.environ.get(name, "").strip():
+            if not key.isascii() or not key.isprintable() or " " in key:
+                raise InputError(
+                    f"{name} is no key: it holds a space, or a character that no header may hold"
+                )
+            return key
+    return None
+
+
+def _checked(url: str) -> str:
+    """The address without its `/v1`, so that full paths can follow."""
+    if "@" in url.partition("//")[2].partition("/")[0]:
+        raise InputError(
+            "the server's address holds a user or a key; put the key into PREFOPT_API_KEY instead"
+        )
+    try:
+        parts = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise InputError(f"{url!r} is no address of a server: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.host or parts.query or parts.fragment:
+        raise InputError(f"{url!r} is no address of a server; name one such as http://localhost:8000")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
