@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import PartialState
-from prefopt.detectors.loading import load_detector
-from prefopt.judges.loading import load_judge
 
 from data_builders.blocks import DRAWN, CandidatesTable
 from data_builders.checks import check
@@ -27,10 +27,13 @@ from data_builders.selection import (
 )
 from data_builders.self_rewarding_config import NONE, SelfRewardingConfig
 from data_builders.shards import JUDGED, PAIRS, PICKAPIC, RANKED, SFT, Export, write_exports
-from data_builders.sources import Source, parse_source
+from data_builders.sources import Source, parse_source, settle
 from data_builders.stages import Record, Stage, by_prompt, flow, kept
 from data_builders.summary import Summary, write_build
-from prefopt.judges.questions import Answer
+from prefopt.detectors.loading import load_detector
+from prefopt.judges.endpoint import EndpointJudge
+from prefopt.judges.packed import load_judge
+from prefopt.judges.questions import Answer, Judge
 from prefopt.judges.rubric import Rubric
 from prefopt.records import InputError
 from prefopt.store import Ledger, content_key, writing
@@ -53,7 +56,7 @@ class Build:
         self.drawn = Drawn([draw.table for draw in draws])
         process = state.process_index
         self.ask = Ask(
-            partial(load_judge, config, device=state.device),
+            partial(judge_of, config, state.device),
             self.rubric,
             self.classes,
             self.drawn,
@@ -195,6 +198,21 @@ class Build:
             "ranked": Export("ranked", RANKED, ranked_row),
         }
         return [every[name] for name in config.exports]
+
+
+def judge_of(config: SelfRewardingConfig, device: Any) -> Judge:
+    """The judge that the options name: behind a URL, or loaded here."""
+    if config.judge_url:
+        return EndpointJudge(config.judge_url, config.judge_model_name_or_path)
+    judge = load_judge(
+        config.judge_model_name_or_path,
+        config.judge_revision,
+        dtype=getattr(torch, config.judge_dtype),
+        device=device,
+        batch_size=config.judge_batch_size,
+    )
+    settle(judge.respondent.model)
+    return judge
 
 
 def optimal(group: list[Record]) -> list[Record]:

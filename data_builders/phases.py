@@ -172,8 +172,7 @@ class Ask(_Loaded):
     def work(self, block: int, bar: tqdm) -> None:
         """Ask what has no answer, batch by batch."""
         for batch in self._missing(block):
-            opened = [(row, questions, opened(row)) for row, questions in batch]
-            cases = [Case(image, row["prompt"], tuple(questions)) for row, questions, image in opened]
+            cases = [Case(opened(row), row["prompt"], tuple(questions)) for row, questions in batch]
             answers = self.model.answer(cases)
             self.calls += sum(len(case.questions) for case in cases)
             self.ledger.add(

@@ -29,9 +29,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from data_builders.assembly import Build
+from data_builders.class_prompts import prompts_of
 from data_builders.phases import run_phases
 from data_builders.self_rewarding_config import SelfRewardingConfig
-from data_builders.writing import prompts_of
 from prefopt.cli import run
 from prefopt.store import alone
 

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -164,10 +165,7 @@ def write_exports(
     """Write each export's folder under `output`, replacing it; the number of rows by export and split."""
     counts = {export.name: Counter[str]() for export in exports}
     staging = {export.name: output / f".{export.name}" for export in exports}
-    with writing(output):
-        for folder in staging.values():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+    with writing(output), _removed(staging.values()):
         writers = {
             (export.name, split): export.writer(staging[export.name], split, max_bytes)
             for export in exports
@@ -185,6 +183,19 @@ def write_exports(
             shutil.rmtree(output / name, ignore_errors=True)
             os.replace(folder, output / name)
     return counts
+
+
+@contextmanager
+def _removed(folders: Iterable[Path]) -> Iterator[None]:
+    """Empty folders to work in; what is left of them goes."""
+    try:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        yield
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def in_test(prompt_id: str, fraction: float) -> bool:

@@ -72,7 +72,7 @@ def parse_source(text: str, base: Source) -> Source:
     """
     words = text.split()
     name = words.pop(0) if words and "=" not in words[0] else base.model
-    given = dict(word.partition("=")[::2] for word in words)
+    given = {key: value for key, _, value in (word.partition("=") for word in words)}
     if unknown := sorted(given.keys() - SOURCE_KEYS.keys()):
         raise InputError(f"--sources {text!r}: unknown {unknown[0]!r}; known are {', '.join(SOURCE_KEYS)}")
     values = {}
