@@ -13,8 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from data_builders.stages import Record, Stage, batched, by_prompt, drop, in_threads, kept
-from prefopt.diffusion.sampling import sample_arrays, to_image
-from prefopt.evaluation.text_to_image import Sampler
+from prefopt.diffusion.sampling import Sampler, sample_arrays, to_image
 
 BLACK = 8  # an image whose brightest value, of 255, is under this shows nothing
 BETWEEN = "neither best nor worst"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_builders.sources import Source
-from prefopt.evaluation.text_to_image import Sampler
+from prefopt.diffusion.sampling import Sampler
 from prefopt.records import InputError
 
 

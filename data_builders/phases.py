@@ -53,13 +53,13 @@ class Phase(Protocol):
 
 def run_phases(phases: Sequence[Phase], blocks: Sequence[int], *, keep_resident: bool, quiet: bool) -> None:
     """All phases over these blocks: one model after the other, or all loaded and block after block."""
-    rounds = [phases] if keep_resident else [[phase] for phase in phases]
-    for together in rounds:
-        bars = [tqdm(desc=phase.name, unit=phase.unit, disable=quiet, total=0) for phase in together]
-        for phase, bar in zip(together, bars, strict=True):
-            # What a later phase has to do is known once an earlier one is done.
-            bar.total = None if keep_resident else sum(map(phase.todo, blocks))
-            bar.refresh()
+    for together in [phases] if keep_resident else [[phase] for phase in phases]:
+        # What a later phase has to do is known once an earlier one is done.
+        totals = [None if keep_resident else sum(map(phase.todo, blocks)) for phase in together]
+        bars = [
+            tqdm(desc=phase.name, unit=phase.unit, total=total, disable=quiet or total == 0)
+            for phase, total in zip(together, totals, strict=True)
+        ]
         for block in blocks:
             for phase, bar in zip(together, bars, strict=True):
                 if phase.todo(block):

@@ -10,8 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from data_builders.stages import Record
-from prefopt.diffusion.sampling import load_pipeline
-from prefopt.evaluation.text_to_image import Sampler, System, system_identity
+from prefopt.diffusion.sampling import Sampler, System, load_pipeline, system_identity
 from prefopt.records import InputError
 
 SOURCE_KEYS: dict[str, Callable] = {

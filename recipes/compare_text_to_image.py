@@ -23,9 +23,9 @@ import torch
 from rich.console import Console
 
 from prefopt.cli import run
-from prefopt.diffusion.sampling import ADAPTER_FILE, MODEL_FILE
+from prefopt.diffusion.sampling import ADAPTER_FILE, MODEL_FILE, Sampler, System
 from prefopt.evaluation.report import terminal_table, write_report
-from prefopt.evaluation.text_to_image import Sampler, System, compare, processes
+from prefopt.evaluation.text_to_image import compare, processes
 from prefopt.judges.clip import ClipScorer
 from prefopt.pocket.drawing import ANIMALS
 from prefopt.pocket.oracle import Oracle

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
+from prefopt.diffusion.sampling import Sampler, System, system_identity
 from prefopt.evaluation import text_to_image, words
 from prefopt.evaluation.report import write_report
 from prefopt.evaluation.stats import paired_bootstrap, win_rate
-from prefopt.evaluation.text_to_image import Sampler, System, compare, system_identity
+from prefopt.evaluation.text_to_image import compare
 from prefopt.records import InputError
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "compare_text_to_image.py"

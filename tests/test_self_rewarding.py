@@ -18,7 +18,7 @@ from data_builders.self_rewarding import main
 from data_builders.self_rewarding_config import SelfRewardingConfig
 from data_builders.sources import Source, parse_source
 from prefopt.detectors import Box
-from prefopt.evaluation.text_to_image import Sampler
+from prefopt.diffusion.sampling import Sampler
 from prefopt.judges.questions import NO, YES, Answer
 from prefopt.records import InputError, read_pairs, read_sft
 

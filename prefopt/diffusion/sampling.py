@@ -6,8 +6,12 @@ as if the model had drawn it. It is never loaded here; put one back around whate
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from prefopt import pocket
 from prefopt.records import InputError
+from prefopt.store import content_key
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "sampled"  # the name under which a pipeline holds the adapter
@@ -25,6 +30,29 @@ MODEL_FILE = "model_index.json"
 
 # One of these is in the name of each pair's first factor.
 _LORA_DOWN = ("lora_A.", "lora_down.", "lora.down.", "lora_linear_layer.down.")
+
+_WEIGHT_FILES = (".json", ".safetensors", ".txt", ".model")
+
+
+@dataclass(frozen=True)
+class System:
+    """One column of the comparison: a model, and a LoRA adapter at a scale if one is named."""
+
+    name: str
+    model: str
+    adapter: str | None = None
+    scale: float = 1.0
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What decides an image beside model, prompt and seed; sizes in pixels, None: the model's own."""
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
 
 
 def load_pipeline(
@@ -199,3 +227,35 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str | Path, name: str = A
             f"the adapter {file} does not fit the model {model}: of its {expected} pairs of LoRA factors, "
             f"the model has layers for {found}"
         )
+
+
+def system_identity(system: System) -> dict[str, str | float | None]:
+    """Who draws: SHA-256 of the model's files and of the adapter's, and the scale; at 0 the model itself."""
+    folder = pipeline_folder(system.model, revision=system.revision)
+    components = [part for part in json.loads((folder / MODEL_FILE).read_text()) if (folder / part).is_dir()]
+    files = [
+        path
+        for part in components
+        for path in sorted((folder / part).rglob("*"))
+        if path.suffix in _WEIGHT_FILES
+    ]
+    lines = [f"{path.relative_to(folder)} {_file_key(path)}" for path in [folder / MODEL_FILE, *files]]
+    adapter = _file_key(adapter_file(system.adapter)) if system.adapter is not None else None
+    weighs = adapter is not None and system.scale != 0
+    return {
+        "model": content_key("\n".join(lines)),
+        "adapter": adapter if weighs else None,
+        "scale": system.scale if weighs else None,
+    }
+
+
+def _file_key(path: Path) -> str:
+    stat = path.stat()
+    return _read_file_key(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _read_file_key(path: Path, size: int, modified: int) -> str:
+    """The SHA-256 of a file; one model in five systems is read once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

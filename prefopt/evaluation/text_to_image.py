@@ -8,11 +8,9 @@ share; they must share the folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -24,16 +22,16 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from prefopt.diffusion.sampling import (
-    MODEL_FILE,
-    adapter_file,
+    Sampler,
+    System,
     load_pipeline,
-    pipeline_folder,
     sample,
     set_adapter_scale,
+    system_identity,
 )
 from prefopt.evaluation.summary import summarise
 from prefopt.records import InputError
-from prefopt.store import content_key, replacing, write_atomically, writing
+from prefopt.store import Ledger, content_key, replacing, write_atomically, writing
 
 # Images and their prompts to one number each (n,), or to several named ones; booleans are read as right or
 # wrong. A scorer with an attribute `identity` (a string that changes with its weights) has its scores kept;
@@ -41,29 +39,7 @@ from prefopt.store import content_key, replacing, write_atomically, writing
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray | Mapping[str, np.ndarray]]
 Scores = dict[str, float | bool]  # metric -> score of one image
 
-_WEIGHT_FILES = (".json", ".safetensors", ".txt", ".model")
 _SCORED_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class System:
-    """One column of the comparison: a model, and a LoRA adapter at a scale if one is named."""
-
-    name: str
-    model: str
-    adapter: str | None = None
-    scale: float = 1.0
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """What decides an image beside model, prompt and seed; sizes in pixels, None: the model's own."""
-
-    num_inference_steps: int = 30
-    guidance_scale: float = 7.5
-    height: int | None = None
-    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,38 +119,6 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def system_identity(system: System) -> dict[str, str | float | None]:
-    """Who draws: SHA-256 of the model's files and of the adapter's, and the scale; at 0 the model itself."""
-    folder = pipeline_folder(system.model, revision=system.revision)
-    components = [part for part in json.loads((folder / MODEL_FILE).read_text()) if (folder / part).is_dir()]
-    files = [
-        path
-        for part in components
-        for path in sorted((folder / part).rglob("*"))
-        if path.suffix in _WEIGHT_FILES
-    ]
-    lines = [f"{path.relative_to(folder)} {_file_key(path)}" for path in [folder / MODEL_FILE, *files]]
-    adapter = _file_key(adapter_file(system.adapter)) if system.adapter is not None else None
-    weighs = adapter is not None and system.scale != 0
-    return {
-        "model": content_key("\n".join(lines)),
-        "adapter": adapter if weighs else None,
-        "scale": system.scale if weighs else None,
-    }
-
-
-def _file_key(path: Path) -> str:
-    stat = path.stat()
-    return _read_file_key(path, stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _read_file_key(path: Path, size: int, modified: int) -> str:
-    """The SHA-256 of a file; one model in five systems is read once."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check(systems: Sequence[System], prompts: Sequence[str], seeds: Sequence[int], scorers: Mapping) -> None:
     for what, items, least in (
         ("systems", [s.name for s in systems], 2),
@@ -239,26 +183,24 @@ def _save(image: Image.Image, path: Path) -> None:
 
 def _score(jobs: Mapping[str, _Job], folder: Path, scorers: Mapping[str, Scorer]) -> dict[str, Scores]:
     """Scores of each image by each scorer, those kept from earlier runs and the new ones."""
-    known = _known_scores(folder.glob("scores-*.jsonl"))
+    ledger = Ledger(folder, "scores", processes().process_index)
     scores: dict[str, Scores] = {key: {} for key in jobs}
-    with (folder / f"scores-{processes().process_index:05d}.jsonl").open("a") as file:
-        for name, scorer in scorers.items():
-            identity = getattr(scorer, "identity", None)
-            kept = {key: known[key, identity] for key in jobs if (key, identity) in known}
-            missing = [key for key in jobs if key not in kept]
-            for start in tqdm(
-                range(0, len(missing), _SCORED_AT_ONCE), desc=name, disable=not missing or _quiet()
-            ):
-                batch = missing[start : start + _SCORED_AT_ONCE]
-                images = [Image.open(_image_path(folder, key)).convert("RGB") for key in batch]
-                values = scorer(images, [jobs[key].prompt for key in batch])
-                kept |= dict(zip(batch, _by_image(values, len(batch), name), strict=True))
-                if identity is not None:
-                    lines = [{"image": key, "scorer": identity, "scores": kept[key]} for key in batch]
-                    # Newlines first: a line that a killed run left half written stays alone.
-                    file.write("".join("\n" + json.dumps(line) for line in lines))
-            for key, values in kept.items():
-                scores[key] |= {f"{name}/{part}" if part else name: value for part, value in values.items()}
+    for name, scorer in scorers.items():
+        identity = getattr(scorer, "identity", None)
+        entry = {key: content_key(f"{identity} {key}") for key in jobs}
+        kept = {key: ledger[entry[key]] for key in jobs if identity is not None and entry[key] in ledger}
+        missing = [key for key in jobs if key not in kept]
+        for start in tqdm(
+            range(0, len(missing), _SCORED_AT_ONCE), desc=name, disable=not missing or _quiet()
+        ):
+            batch = missing[start : start + _SCORED_AT_ONCE]
+            images = [Image.open(_image_path(folder, key)).convert("RGB") for key in batch]
+            values = scorer(images, [jobs[key].prompt for key in batch])
+            kept |= dict(zip(batch, _by_image(values, len(batch), name), strict=True))
+            if identity is not None:
+                ledger.add({entry[key]: kept[key] for key in batch})
+        for key, values in kept.items():
+            scores[key] |= {f"{name}/{part}" if part else name: value for part, value in values.items()}
     return scores
 
 
@@ -271,18 +213,6 @@ def _by_image(values: np.ndarray | Mapping[str, np.ndarray], count: int, name: s
                 f"the scorer {name} gave {np.shape(numbers)} for {part or 'its score'}, not ({count},)"
             )
     return [{part: np.asarray(numbers)[i].item() for part, numbers in parts.items()} for i in range(count)]
-
-
-def _known_scores(files: Iterable[Path]) -> dict[tuple[str, str | None], Scores]:
-    known = {}
-    for file in files:
-        for line in file.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # empty, or what a killed run was writing
-            known[entry["image"], entry["scorer"]] = entry["scores"]
-    return known
 
 
 def _quiet() -> bool:
