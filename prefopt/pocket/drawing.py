@@ -5,8 +5,10 @@ animal is a list of parts in its own units: x to the right (it faces right), y u
 of an elephant is 1. `Pen` turns these into pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi, sin
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -151,6 +153,7 @@ def _lion(pen: Pen, coat: RGB) -> None:
 _ANIMALS = {"elephant": _elephant, "giraffe": _giraffe, "zebra": _zebra, "lion": _lion}
 ANIMALS = tuple(_ANIMALS)
 
+OUTLINE = 3.0  # canvas pixels
 # A giraffe is 1.8 units tall and a lion 1.1, so their units differ for the animals to fill the picture alike.
 _STATURE = {"elephant": 1.0, "giraffe": 0.84, "zebra": 0.98, "lion": 1.06}
 
@@ -174,6 +177,44 @@ def _standing(count: int, rng: np.random.Generator) -> list[tuple[float, float, 
     return [(x + rng.uniform(-9, 9), y + rng.uniform(-6, 6), unit * rng.uniform(0.93, 1.0)) for x, y in spots]
 
 
+class Figure(NamedTuple):
+    """Where one animal stands, in canvas pixels, and which way it faces (1: right, -1: left)."""
+
+    x: float
+    ground: float
+    unit: float
+    facing: int
+
+
+class Stage(NamedTuple):
+    """A place painted for its animals: the ground's colour, their coat, and where each will stand."""
+
+    picture: Image.Image
+    ground: RGB
+    coat: RGB
+    figures: list[Figure]
+
+
+def set_stage(colour: str, count: int, place: str, rng: np.random.Generator) -> Stage:
+    """The scenery of 256 x 256 RGB, and all draws that its animals need, farthest animal first."""
+    picture = Image.new("RGB", (CANVAS, CANVAS))
+    ground = PAINTERS[place](ImageDraw.Draw(picture), rng, int(rng.integers(100, 122)))
+    coat = shift(COLOURS[colour], rng, 12)
+    spots = _standing(count, rng)
+    return Stage(picture, ground, coat, [Figure(*spot, 1 if rng.random() < 0.5 else -1) for spot in spots])
+
+
+def draw_animal(
+    draw: ImageDraw.ImageDraw, animal: str, figure: Figure, stage: Stage, pen: Callable[..., Pen] = Pen
+) -> None:
+    """One animal with its shadow and outline; `pen` makes what draws its parts."""
+    x, y, unit, facing = figure
+    unit *= _STATURE[animal]
+    draw.ellipse((x - unit * 0.66, y - 7, x + unit * 0.66, y + 7), fill=mix(stage.ground, INK, 0.3))
+    for swell, ink in ((OUTLINE, INK), (0.0, None)):
+        _ANIMALS[animal](pen(draw, x, y, unit, facing, swell, ink), stage.coat)
+
+
 def draw_scene(
     animal: str, colour: str, count: int, place: str, rng: np.random.Generator, *, silhouette: bool = False
 ) -> Image.Image:
@@ -181,18 +222,14 @@ def draw_scene(
 
     With `silhouette`, an L picture instead: 255 where the same draws put the animals, else 0.
     """
-    picture = Image.new("RGB", (CANVAS, CANVAS))
-    ground = PAINTERS[place](ImageDraw.Draw(picture), rng, int(rng.integers(100, 122)))
-    coat = shift(COLOURS[colour], rng, 12)
-    layers: tuple[tuple[float, RGB | int | None], ...] = ((3.0, INK), (0.0, None))
-    if silhouette:
-        picture, layers = Image.new("L", (CANVAS, CANVAS)), ((3.0, 255),)
-    draw = ImageDraw.Draw(picture)
-    for x, y, unit in _standing(count, rng):
-        unit *= _STATURE[animal]
-        facing = 1 if rng.random() < 0.5 else -1
-        if not silhouette:
-            draw.ellipse((x - unit * 0.66, y - 7, x + unit * 0.66, y + 7), fill=mix(ground, INK, 0.3))
-        for swell, ink in layers:
-            _ANIMALS[animal](Pen(draw, x, y, unit, facing, swell, ink), coat)
-    return picture
+    stage = set_stage(colour, count, place, rng)
+    if not silhouette:
+        draw = ImageDraw.Draw(stage.picture)
+        for figure in stage.figures:
+            draw_animal(draw, animal, figure, stage)
+        return stage.picture
+    mask = Image.new("L", (CANVAS, CANVAS))
+    for x, y, unit, facing in stage.figures:
+        pen = Pen(ImageDraw.Draw(mask), x, y, unit * _STATURE[animal], facing, OUTLINE, 255)
+        _ANIMALS[animal](pen, stage.coat)
+    return mask
