@@ -77,7 +77,10 @@ def test_only_evaluation_asks_the_oracle():
 @pytest.mark.parametrize(
     ("names", "rooms"),
     [
-        (r"Llava|LLaVA|Qwen|SmolVLM|PaliGemma|Idefics|InternVL", ("prefopt/vlm/",)),
+        (
+            r"Llava|LLaVA|Qwen|SmolVLM|PaliGemma|Idefics|InternVL",
+            ("prefopt/vlm/", "prefopt/pocket/pretraining/"),  # the pocket's own has to be made somewhere
+        ),
         (r"UNet", ("prefopt/diffusion/", "prefopt/pocket/")),
     ],
     ids=["a VLM", "a UNet"],
