@@ -1,7 +1,8 @@
-"""Pipelines of the shapes that people train, with random weights: speed does not ask what a model knows."""
+"""Models of the shapes that people train and ask, with random weights: speed asks not what a model knows."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,24 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from prefopt import pocket
 from prefopt.diffusion.sampling import load_pipeline
+from prefopt.judges.rubric import RUBRICS
 
 RESOLUTION = {"pocket": 64, "half-sd15": 256, "sd15": 512, "sdxl": 1024}
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -43,6 +58,96 @@ SDXL: dict[str, Any] = {
 }
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+
+# LLaVA-NeXT on Vicuna 7B, from its published config.json; and a small one that reads as many image tokens.
+TILE, PATCH = 336, 14
+TILES = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
+VISION: dict[str, dict[str, Any]] = {
+    "25m": {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4},
+    "7b": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+    },
+}
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "25m": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 4,
+    },
+    "7b": {
+        "vocab_size": 32064,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+    },
+}
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %} "
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def save_vlm(size: str, folder: Path, dtype: torch.dtype, device: torch.device) -> str:
+    """Save a LLaVA-NeXT of a size with its processor; an image of 672 x 672 is 2,928 tokens to it."""
+    torch.manual_seed(0)
+    tokenizer = _chat_tokenizer()
+    processor = LlavaNextProcessor(
+        LlavaNextImageProcessor(
+            size={"shortest_edge": TILE},
+            crop_size={"height": TILE, "width": TILE},
+            image_grid_pinpoints=TILES,
+        ),
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(image_size=TILE, patch_size=PATCH, **VISION[size]),
+        text_config=LlamaConfig(max_position_embeddings=4096, **LANGUAGE[size], **ids),
+        image_token_index=processor.image_token_id,
+        image_grid_pinpoints=TILES,
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with device:  # seven billion random numbers take minutes on a CPU
+        model = LlavaNextForConditionalGeneration(config)
+    torch.set_default_dtype(default)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def _chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that cuts the rubrics' questions into about one and a half tokens a word."""
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [file.read_text(encoding="utf-8") for file in sorted(RUBRICS.glob("*.yaml"))]
+    tokenizer.train_from_iterator([*texts, *["Yes No"] * 50], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
 
 
 def build(size: str) -> DiffusionPipeline:
