@@ -14,7 +14,7 @@ import os
 import random
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -41,6 +41,10 @@ class Refused(InputError):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+class Unfit(InputError):
+    """An answer that does not have the form that was asked for."""
 
 
 class Endpoint:
@@ -124,6 +128,15 @@ def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], concurren
         return [future.result() for future in [pool.submit(work, item) for item in items]]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def chat_text(body: Mapping[str, Any]) -> tuple[str, bool]:
+    """What a chat completion says, and whether it came to its end rather than to its longest length."""
+    try:
+        choice = body["choices"][0]
+        return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
+    except (KeyError, IndexError, TypeError) as error:
+        raise Unfit(f"no chat completion is {str(dict(body))[:200]}") from error
 
 
 def retry_after(header: str | None) -> float | None:

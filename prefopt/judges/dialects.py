@@ -17,6 +17,7 @@ from math import exp, isfinite
 from string import ascii_uppercase
 from typing import Any, Literal
 
+from prefopt.endpoint import Unfit, chat_text
 from prefopt.judges.questions import NO, YES, Answer, Question
 from prefopt.records import InputError
 
@@ -27,10 +28,6 @@ CERTAIN = 1e-7
 TOP = 20  # log-probabilities asked for: as many as OpenAI and vLLM give
 WRITTEN = 64  # tokens that a text may take: an answer and a few words before it
 AROUND = " \t\r\n\u2581\u0120\u010a.,:;!*_-\"'`()[]"  # around a label inside a token or a clause
-
-
-class Unfit(InputError):
-    """An answer that does not have the form of its dialect."""
 
 
 @dataclass(frozen=True)
@@ -203,15 +200,6 @@ def _logprobs_read(questions: tuple[Question, ...], body: Mapping[str, Any]) -> 
     if not listed or not all(logprob <= 1e-3 for _, logprob in listed):  # a NaN is no more than anything
         raise Unfit(f"its log-probabilities are {listed}")
     return [read_tokens(questions[0], listed)]
-
-
-def chat_text(body: Mapping[str, Any]) -> tuple[str, bool]:
-    """What a chat completion says, and whether it came to its end rather than to its longest length."""
-    try:
-        choice = body["choices"][0]
-        return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
-    except (KeyError, IndexError, TypeError) as error:
-        raise Unfit(f"no chat completion is {str(dict(body))[:200]}") from error
 
 
 def _text_read(questions: tuple[Question, ...], body: Mapping[str, Any]) -> list[Answer]:

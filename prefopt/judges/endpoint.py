@@ -11,8 +11,8 @@ from typing import Literal
 
 from PIL import Image
 
-from prefopt.endpoint import ABSENT, Endpoint, Refused, in_parallel
-from prefopt.judges.dialects import DIALECTS, Api, Request, Unfit
+from prefopt.endpoint import ABSENT, Endpoint, Refused, Unfit, in_parallel
+from prefopt.judges.dialects import DIALECTS, Api, Request
 from prefopt.judges.questions import Answer, Case, Question
 from prefopt.records import InputError
 from prefopt.store import content_key
