@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -75,12 +74,3 @@ def distinct(dropped: Counter[str]) -> Stage:
                 yield record
 
     return stage
-
-
-def class_of(prompt: str, classes: Iterable[str]) -> str:
-    """The one class that a prompt names, singular or plural; none or several is an InputError."""
-    named = [name for name in classes if re.search(rf"\b{re.escape(name)}(?:s|es)?\b", prompt, re.IGNORECASE)]
-    if len(named) != 1:
-        what = f"both {named[0]} and {named[1]}" if named else "none of them"
-        raise InputError(f"--classes {' '.join(classes)}: the prompt {prompt!r} names {what}; it names one")
-    return named[0]

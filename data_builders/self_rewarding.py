@@ -29,9 +29,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from data_builders.assembly import Build
-from data_builders.class_prompts import prompts_of
 from data_builders.phases import run_phases
 from data_builders.self_rewarding_config import SelfRewardingConfig
+from data_builders.writing import prompts_of
 from prefopt.cli import run
 from prefopt.store import alone
 
@@ -43,7 +43,7 @@ def main(config: SelfRewardingConfig) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
     folder = Path(config.output_dir)
     with alone(folder) if state.is_main_process else nullcontext():
-        prompts = [prompts_of(config, folder, state.device) if state.is_main_process else None]
+        prompts = [prompts_of(config, folder, state.device) if state.is_main_process else []]
         build = Build(config, folder, broadcast_object_list(prompts)[0], state)
         mine = range(build.blocks)[state.process_index :: state.num_processes]
         run_phases(build.phases, mine, keep_resident=config.keep_resident, quiet=not state.is_main_process)

@@ -282,8 +282,8 @@ def test_a_full_disk_is_named_and_loses_nothing(workplace, monkeypatch):
         ({"detection_threshold": 0.0}, r"--detection_threshold is 0\.0"),
         ({"candidates": 2, "sources": ["a", "b", "c"]}, "3 --sources for 2 --candidates"),
         ({"rubric": "nowhere"}, "no rubric could be read from nowhere"),
-        ({"classes": ["lion"]}, "the prompt 'a zebra in snow' names none of them"),
-        ({"classes": ["lion", "zebra", "snow"]}, "names both zebra and snow"),
+        ({"classes": ["lion"]}, "the prompt 'a zebra in snow' names none of the classes"),
+        ({"classes": ["lion", "zebra", "snow"]}, "names zebra and snow of the classes"),
     ],
 )
 def test_options_that_cannot_be_are_named(workplace, changes, message):
