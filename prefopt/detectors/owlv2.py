@@ -1,0 +1,119 @@
+"""OWLv2 (arXiv 2306.09683) through transformers: open vocabulary, Apache-2.0, nothing more to install."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from torchvision.ops import box_convert
+from transformers import Owlv2ForObjectDetection, Owlv2Processor
+
+from prefopt.detectors import Box
+from prefopt.detectors.selecting import by_number_of_classes, distinct, select
+from prefopt.records import InputError
+from prefopt.store import content_key, tensors_key
+
+MODEL_TYPE = "owlv2"
+
+
+class Owlv2:
+    """A detector by a hub id or a folder; safetensors only. Each class is embedded once in its life.
+
+    `template` says a class to the text encoder. Boxes under `min_confidence` are left out; of two of one
+    class that overlap by more than `max_overlap` the more confident stays.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str = "google/owlv2-base-patch16-ensemble",
+        revision: str | None = None,
+        *,
+        template: str = "a photo of a {}",
+        device: str | torch.device = "cpu",
+        batch_size: int = 8,
+        min_confidence: float = 0.05,
+        max_overlap: float = 0.5,
+    ):
+        name, revision = str(model_name_or_path), revision or "main"
+        try:
+            # Any: transformers' annotations of what these hold are wider than what OWLv2 returns.
+            model: Any = Owlv2ForObjectDetection.from_pretrained(
+                name, revision=revision, use_safetensors=True, dtype=torch.float32
+            )
+            self.processor: Any = Owlv2Processor.from_pretrained(name, revision=revision)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(
+                f"{name} cannot be read as an OWLv2 of safetensors with its processor: {error}"
+            ) from error
+        self.model = model.eval().to(device)
+        self.template, self.device, self.batch_size = template, device, batch_size
+        self.min_confidence, self.max_overlap = min_confidence, max_overlap
+        self.identity = content_key(
+            json.dumps(
+                [
+                    MODEL_TYPE,
+                    tensors_key(model.state_dict()),
+                    self.processor.image_processor.to_json_string(),
+                    self.processor.tokenizer.backend_tokenizer.to_str(),
+                    template,
+                    min_confidence,
+                    max_overlap,
+                ]
+            )
+        )
+        self._text: dict[str, Tensor] = {}  # class -> (d,)
+
+    def detect(self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]]) -> list[list[Box]]:
+        """The boxes of each image, the most confident first, asked for its own classes."""
+        asked = distinct(images, classes)
+        self._embed(list(dict.fromkeys(name for names in asked for name in names if name not in self._text)))
+        found: list[list[Box]] = [[] for _ in images]
+        for batch in by_number_of_classes(asked, self.batch_size):
+            boxes = self._detect([images[i] for i in batch], [asked[i] for i in batch])
+            for place, some in zip(batch, boxes, strict=True):
+                found[place] = some
+        return found
+
+    @torch.no_grad()
+    def _detect(self, images: list[Image.Image], classes: list[list[str]]) -> list[list[Box]]:
+        pixels = self.processor.image_processor(
+            [image.convert("RGB") for image in images], return_tensors="pt"
+        )["pixel_values"].to(self.device)
+        features, _ = self.model.image_embedder(pixels)  # (n, height, width, d)
+        places = features.flatten(1, 2)
+        text = torch.stack([torch.stack([self._text[name] for name in names]) for names in classes])
+        logits, _ = self.model.class_predictor(places, text)  # (n, places, classes)
+        corners = box_convert(self.model.box_predictor(places, features), "cxcywh", "xyxy")
+        return [
+            select(
+                # The image is padded to a square at its right or bottom.
+                corners[i] * max(image.size),
+                logits[i].sigmoid(),
+                classes[i],
+                image.size,
+                min_confidence=self.min_confidence,
+                max_overlap=self.max_overlap,
+            )
+            for i, image in enumerate(images)
+        ]
+
+    @torch.no_grad()
+    def _embed(self, classes: list[str]) -> None:
+        if not classes:
+            return
+        tokens = self.processor.tokenizer(
+            [self.template.format(name) for name in classes],
+            padding="max_length",
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)
+        features = self.model.owlv2.get_text_features(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        ).pooler_output
+        self._text.update(zip(classes, features, strict=True))
