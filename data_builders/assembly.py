@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -44,6 +43,7 @@ class Build:
 
     def __init__(self, config: SelfRewardingConfig, folder: Path, prompts: list[Record], state: PartialState):
         self.config, self.folder, self.prompts = config, folder, prompts
+        device = torch.device(str(state.device))
         self.rubric = Rubric.load(config.rubric)
         self.classes = {prompt["prompt_id"]: prompt["class"] for prompt in prompts}
         self.work = folder / "work"
@@ -52,11 +52,11 @@ class Build:
                 f"--rubric {config.rubric}: {self.rubric.checks[0].name} is a detector's; name a --detector"
             )
         sources = [parse_source(text, config.source) for text in config.sources] or [config.source]
-        draws = [self._draw(source, place, len(sources), state) for place, source in enumerate(sources)]
+        draws = [self._draw(source, place, len(sources), device) for place, source in enumerate(sources)]
         self.drawn = Drawn([draw.table for draw in draws])
         process = state.process_index
         self.ask = Ask(
-            partial(judge_of, config, state.device),
+            partial(judge_of, config, device),
             self.rubric,
             self.classes,
             self.drawn,
@@ -68,7 +68,7 @@ class Build:
         if config.detector != NONE:
             self.detect = Detect(
                 partial(
-                    load_detector, config.detector, revision=config.detector_revision, device=state.device
+                    load_detector, config.detector, revision=config.detector_revision, device=device
                 ),
                 self.classes,
                 self.drawn,
@@ -82,7 +82,7 @@ class Build:
         """How many blocks of prompts there are."""
         return self.drawn.blocks
 
-    def _draw(self, source: Source, place: int, sources: int, state: PartialState) -> Draw:
+    def _draw(self, source: Source, place: int, sources: int, device: torch.device) -> Draw:
         config = self.config
         numbers = range(config.candidates)[place::sources]
         identity = source.identity() | {
@@ -94,7 +94,7 @@ class Build:
         prompts = [prompt | source.identity() | source.names() for prompt in self.prompts]
         folder = self.work / f"drawn-{content_key(json.dumps(identity))[:16]}"
         table = CandidatesTable(folder, identity, prompts, config.block_size, DRAWN)
-        return Draw(source, numbers, table, config.seed, config.batch_size, state.device)
+        return Draw(source, numbers, table, config.seed, config.batch_size, device)
 
     # From what is kept to the dataset, on one process
 
@@ -200,7 +200,7 @@ class Build:
         return [every[name] for name in config.exports]
 
 
-def judge_of(config: SelfRewardingConfig, device: Any) -> Judge:
+def judge_of(config: SelfRewardingConfig, device: torch.device) -> Judge:
     """The judge that the options name: behind a URL, or loaded here."""
     if config.judge_url:
         return EndpointJudge(config.judge_url, config.judge_model_name_or_path)

@@ -43,7 +43,8 @@ def main(config: SelfRewardingConfig) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
     folder = Path(config.output_dir)
     with alone(folder) if state.is_main_process else nullcontext():
-        prompts = [prompts_of(config, folder, state.device) if state.is_main_process else []]
+        device = torch.device(str(state.device))
+        prompts = [prompts_of(config, folder, device) if state.is_main_process else []]
         build = Build(config, folder, broadcast_object_list(prompts)[0], state)
         mine = range(build.blocks)[state.process_index :: state.num_processes]
         run_phases(build.phases, mine, keep_resident=config.keep_resident, quiet=not state.is_main_process)
