@@ -79,7 +79,7 @@ class TransformersServe:
     log: Path
     port: int = 0
 
-    def start(self, seconds: float = 120) -> None:
+    def start(self, seconds: float = 600) -> None:
         """Return when it answers."""
         if not self.port:
             with socket.socket() as free:

@@ -116,7 +116,7 @@ def test_a_restart_in_the_middle_is_survived(served, llava, monkeypatch):
     done = served.served() - before
     assert done < len(cases)
     served.start()
-    answers = work.result(120)
+    answers = work.result(600)
     assert served.served() - before >= len(cases) - 2, "no more than what was under way is lost to the log"
     same(answers[::20], at_home(llava, cases[::20]))
 
