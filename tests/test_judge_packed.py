@@ -19,8 +19,10 @@ from transformers import (
     AutoProcessor,
     Florence2Config,
     Gemma3Config,
+    JambaConfig,
     Lfm2VlConfig,
     LlavaConfig,
+    MambaConfig,
     MistralConfig,
     PaliGemmaConfig,
     Qwen2_5_VLConfig,
@@ -298,7 +300,12 @@ UNPACKABLE = {
         "sliding_attention",
     ),
     "sliding and bidirectional": (Gemma3Config(), "sliding_attention"),
-    "state space": (Lfm2VlConfig(), "conv"),
+    "convolutions": (
+        Lfm2VlConfig(text_config={"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}),
+        "some of its layers are conv",
+    ),
+    "state space beside attention": (LlavaConfig(text_config=JambaConfig()), "mamba"),
+    "state space alone": (LlavaConfig(text_config=MambaConfig()), "no attention"),
     "never compared": (PaliGemmaConfig(), "paligemma"),
 }
 
@@ -402,7 +409,7 @@ def test_questions_that_cannot_be_asked_are_errors(what, llava):
 
 def test_a_description_longer_than_the_model_reads_is_an_error(llava):
     with pytest.raises(InputError, match=r"reads 1024; shorten the description"):
-        llava.answer([Case(image(0), "zebra " * 600, PREDICATES)])
+        llava.answer([Case(image(0), "zebra " * 1000, PREDICATES)])
 
 
 def test_a_tokenizer_without_yes_is_an_error(tmp_path):
