@@ -70,7 +70,8 @@ class SelfRewardConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; it is 1 or more")
         for name in ("build", "sft", "dpo", "compare"):
-            if getattr(self, name) != "none" and not Path(getattr(self, name)).is_file():
+            spared = getattr(self, name) == "none" and name in ("sft", "dpo")
+            if not spared and not Path(getattr(self, name)).is_file():
                 raise InputError(f"--{name}: no file {getattr(self, name)}; name a YAML file of its options")
         if getattr(self, self.next_round) == "none" and self.rounds > 1:
             raise InputError(f"--next_round {self.next_round} is not trained: --{self.next_round} is none")
@@ -116,7 +117,7 @@ def round_steps(
 
 def step(name: str, command: list[str], folder: Path, processes: int) -> None:
     """Run one command, unless it has already ended well with the same options."""
-    words = ["accelerate", "launch", "--num_processes", str(processes), *command]
+    words = [*launcher(processes), *command]
     config = command[command.index("--config") + 1]
     key = hashlib.sha256(json.dumps([words, Path(config).read_text()]).encode()).hexdigest()
     record = folder / f"{name}.done"
@@ -124,13 +125,17 @@ def step(name: str, command: list[str], folder: Path, processes: int) -> None:
         print(f"{folder}: {name} is done", flush=True)
         return
     print(f"\n{shlex.join(words)}", flush=True)
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:]]
-    code = subprocess.run(launch, check=False).returncode
-    if code:
+    if code := subprocess.run(words, check=False).returncode:
         raise InputError(
             f"the step {name} ended with exit code {code}, its message is above; mend it and run this again"
         )
     write_atomically(record, key)
+
+
+def launcher(processes: int) -> list[str]:
+    """accelerate's launcher, of the Python that runs this."""
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    return [*launch, "--num_processes", str(processes)]
 
 
 if __name__ == "__main__":
