@@ -35,7 +35,7 @@ def select(
     cut, confidences, labels = cut[inside], confidences[inside], labels[inside]
     kept = batched_nms(cut, confidences, labels, max_overlap)[:most]
     return [
-        Box(classes[label], confidence, *edges)
+        Box(classes[int(label)], confidence, *edges)
         for label, confidence, edges in zip(
             labels[kept].tolist(), confidences[kept].tolist(), cut[kept].tolist(), strict=True
         )

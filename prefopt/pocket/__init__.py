@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from prefopt.records import InputError
 
-Part = Literal["text_to_image", "clip", "oracle", "pairs"]
+Part = Literal["text_to_image", "clip", "oracle", "pairs", "yolo_world"]
 
 _HERE = Path(__file__).parent
 
