@@ -304,8 +304,8 @@ UNPACKABLE = {
         Lfm2VlConfig(text_config={"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}),
         "some of its layers are conv",
     ),
-    "state space beside attention": (LlavaConfig(text_config=JambaConfig()), "mamba"),
-    "state space alone": (LlavaConfig(text_config=MambaConfig()), "no attention"),
+    "state space beside attention": (LlavaConfig(text_config=JambaConfig()), "linear_attention"),
+    "state space alone": (LlavaConfig(text_config=MambaConfig()), "linear_attention"),
     "never compared": (PaliGemmaConfig(), "paligemma"),
 }
 

@@ -49,8 +49,6 @@ def unpackable(config: PretrainedConfig) -> str | None:
     layers = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     if others := sorted(set(layers) - {"full_attention", "attention"}):
         return f"some of its layers are {' and '.join(others)}"
-    if not getattr(text, "num_attention_heads", None):
-        return "it has no attention"
     if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
         return f"its attention slides over {text.sliding_window} tokens"
     if text._attn_implementation not in ("sdpa", "eager"):
