@@ -19,7 +19,7 @@ from prefopt.pocket import world
 from prefopt.pocket.oracle import Oracle
 from prefopt.records import InputError, read_pairs
 
-PARTS = ("text_to_image", "clip", "oracle", "pairs")
+PARTS = ("text_to_image", "clip", "oracle", "pairs", "yolo_world")
 WEIGHTS = pocket.folder("clip").parent
 PROVENANCE = json.loads((WEIGHTS.parent / "PROVENANCE.json").read_text(encoding="utf-8"))
 BUDGET = 24_000_000

@@ -57,8 +57,8 @@ def make_pool(seed: int, size: int, vae: Any) -> Pool:
     return Pool([scene for scene, _ in items], renders, torch.cat(copies), edges)
 
 
-def train(run: Run, pool: Pool) -> Any:
-    """The network with averaged weights, in float32."""
+def train(run: Run, pool: Pool, stop: int) -> Any:
+    """The network with averaged weights, in float32, after `stop` of the schedule's steps."""
     torch.manual_seed(run.seed)
     model = build(SETTINGS)
     model.args = _GAINS
@@ -69,6 +69,8 @@ def train(run: Run, pool: Pool) -> Any:
     embed = ClassEmbeddings(SETTINGS.clip, template=SETTINGS.template)
     training = Training(run, torch.nn.ModuleDict({"yolo_world": model}))
     for rng in training.batches():
+        if training.step >= stop:
+            break
         items = rng.integers(len(pool.scenes), size=run.batch)
         number = int(rng.integers(1, len(ANIMALS) + 1))
         pixels, edges = _moved(pool, rng, items)
@@ -151,8 +153,8 @@ def save(model: Any, path: Path) -> None:
 
 def quality(vae: Any) -> dict[str, Any]:
     """What the saved detector finds on held-out renders, their copies, and pictures that the pocket draws."""
-    detector, scenes = YoloWorld(), held_out_scenes() * 2
-    items = [(scene, 4_000 + i) for i, scene in enumerate(scenes)]
+    detector = YoloWorld()
+    items = [(scene, 4_000 + i) for i, scene in enumerate(held_out_scenes())]
     images, truth = [render(*item) for item in items], [boxes(*item) for item in items]
     copies = to_images(copy_through(vae, to_tensor(images)))
     every = [list(ANIMALS)] * len(items)
@@ -163,9 +165,9 @@ def quality(vae: Any) -> dict[str, Any]:
     }
 
 
-def drawn(seeds: int = 1) -> tuple[list[Image.Image], list[str]]:
-    """Pictures that the pocket draws of the held-out scenes, and their prompts."""
-    prompts = [caption(scene, i) for i, scene in enumerate(held_out_scenes())] * seeds
+def drawn() -> tuple[list[Image.Image], list[str]]:
+    """Pictures that the pocket draws of every second held-out scene, and their prompts."""
+    prompts = [caption(scene, i) for i, scene in enumerate(held_out_scenes()[::2])]
     pictures = sample(load_pipeline("pocket"), prompts, range(len(prompts)), batch_size=60, **SAMPLING)
     return list(pictures), prompts
 
