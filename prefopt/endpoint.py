@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import httpx2
 
@@ -123,11 +123,26 @@ class Endpoint:
 
 def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], concurrency: int) -> list[Result]:
     """What `work` makes of each item, in order; after a first error no further item is begun."""
-    pool = ThreadPoolExecutor(concurrency)
-    try:
-        return [future.result() for future in [pool.submit(work, item) for item in items]]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    errors: list[BaseException] = []
+
+    def unless_failed(item: Item) -> Result | None:
+        if errors:
+            return None
+        try:
+            return work(item)
+        except BaseException as error:
+            errors.append(error)
+            return None
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        try:
+            results = list(pool.map(unless_failed, items))
+        except BaseException as interrupt:  # Ctrl-C, which the threads do not see
+            errors.append(interrupt)
+            raise
+    if errors:
+        raise errors[0]
+    return cast(list[Result], results)
 
 
 def chat_text(body: Mapping[str, Any]) -> tuple[str, bool]:
