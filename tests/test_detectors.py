@@ -39,12 +39,16 @@ def tiny_owlv2(folder: Path, clip: str, seed: int = 0) -> str:
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(clip)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = small | {"vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    text = small | {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Owlv2Config(
         text_config=text, vision_config=small | {"image_size": 48, "patch_size": 8}, projection_dim=16
     )
-    Owlv2ForObjectDetection(config).save_pretrained(folder)
+    model = Owlv2ForObjectDetection(config)
+    # Random heads of this size saturate; scores and boxes must differ from place to place.
+    for parameter in [*model.class_head.parameters(), *model.box_head.parameters()]:
+        parameter.data.mul_(0.1)
+    model.save_pretrained(folder)
     images = Owlv2ImageProcessor(size={"height": 48, "width": 48})
     Owlv2Processor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
     return str(folder)
@@ -58,9 +62,13 @@ def pictures() -> list[Image.Image]:
 
 
 def close(a: list[Box], b: list[Box], tolerance: float = 1e-3) -> bool:
-    return [box.label for box in a] == [box.label for box in b] and np.allclose(
-        [box[1:] for box in a], [box[1:] for box in b], atol=tolerance
-    )
+    """Whether the boxes are the same up to rounding, which may swap those of about the same confidence."""
+
+    def within(box: Box, others: list[Box]) -> bool:
+        same = [other[1:] for other in others if other.label == box.label]
+        return bool(same) and np.abs(np.subtract(same, box[1:])).max(1).min() <= tolerance
+
+    return len(a) == len(b) and all(within(box, b) for box in a) and all(within(box, a) for box in b)
 
 
 @pytest.fixture(scope="module")
@@ -174,32 +182,43 @@ def test_owlv2_agrees_with_the_whole_model(owlv2):
             output, threshold=0.0, target_sizes=[(image.height, image.width)]
         )
         found = detector.detect([image], [["lion", "zebra"]])[0]
-        # theirs: each place's best class, boxes not cut; ours: all classes, cut
-        best = int(expected["scores"].argmax())
+        # Theirs are each place's better class, not cut; ours are both, cut, without those outside.
         limits = torch.tensor([image.width, image.height] * 2)
-        edges = expected["boxes"][best].clamp(min=0).minimum(limits)
-        assert found[0].label == ["lion", "zebra"][expected["labels"][best]]
-        assert found[0].confidence == pytest.approx(float(expected["scores"][best]), abs=1e-5)
-        assert np.allclose(found[0][2:], edges, atol=1e-3)
+        edges = expected["boxes"].clamp(min=0).minimum(limits)
+        inside = (edges[:, 2:] > edges[:, :2]).all(1)
+        theirs = [
+            Box(["lion", "zebra"][label], confidence, *corners)
+            for label, confidence, corners in zip(
+                expected["labels"][inside].tolist(),
+                expected["scores"][inside].tolist(),
+                edges[inside].tolist(),
+                strict=True,
+            )
+        ]
+        found = detector.detect([image], [["lion", "zebra"]])[0]
+        assert len(found) == 2 * len(theirs) > 20
+        better = [box for box in found if any(close([box], [other]) for other in theirs)]
+        assert close(better, theirs)
 
 
 def test_yolo_world_agrees_with_ultralytics_own_way(yolo):
     """`set_classes` without its CLIP: the same numbers from the model's own attributes."""
     from ultralytics.utils.nms import non_max_suppression
 
-    detector = YoloWorld(yolo, min_confidence=0.1, max_overlap=0.5)
+    detector = YoloWorld(yolo, min_confidence=0.1, max_overlap=1.0)
     image = pictures()[0].resize((64, 64))
     model = detector.model
     model.txt_feats, model.model[-1].nc = detector.embeddings(["lion", "zebra"])[None], 2
     with torch.no_grad():
         output = model(fit(image, 64)[0][None])
-    (theirs,) = non_max_suppression(output, 0.1, 0.5, multi_label=True)
-    ours = detector.detect([image], [["lion", "zebra"]])[0]
-    assert len(ours) == min(100, len(theirs)) > 10
-    top = [
-        Box(["lion", "zebra"][int(row[5])], float(row[4]), *row[:4].clamp(0, 64).tolist()) for row in theirs
+    (rows,) = non_max_suppression(output, 0.1, 1.0, multi_label=True)
+    theirs = [
+        Box(["lion", "zebra"][int(row[5])], float(row[4]), *row[:4].clamp(0, 64).tolist()) for row in rows
     ]
-    assert close(ours, top[:100])
+    ours = detector.detect([image], [["lion", "zebra"]])[0]
+    # The last of the 100 that we keep may tie.
+    sure = [[box for box in boxes if box.confidence > ours[-1].confidence + 1e-3] for boxes in (ours, theirs)]
+    assert len(sure[0]) > 10 and close(*sure)
 
 
 def test_identity_follows_what_boxes_depend_on(yolo, owlv2, clip, tmp_path):
