@@ -340,6 +340,6 @@ def test_a_checkpoint_that_holds_more_is_refused_and_not_run(clip, tmp_path):
     torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "linear.pt")
     for name in ("trap.pt", "plain.pt", "linear.pt", "missing.pt"):
         done = converted(tmp_path / name, tmp_path / "folder", clip)
-        assert done.returncode == 2 and done.stderr.startswith("error: "), (name, done.stderr)
+        assert done.returncode == 2 and f"error: {tmp_path / name} " in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "folder").exists()
