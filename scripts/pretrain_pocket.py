@@ -1,4 +1,4 @@
-"""Makes the pocket's weights again: pretrain_pocket.py vae | oracle | clip | text_to_image | pairs | yolo_world | all
+"""Makes the pocket's weights again, part by part: pretrain_pocket.py vae | oracle | clip | ... | all
 
 Each part trains on two CPU cores in minutes, goes on from its checkpoint under `--work` when started again,
 is written to `prefopt/pocket/weights` and measured on scenes that no training saw; PROVENANCE.json keeps the
@@ -20,16 +20,30 @@ from diffusers import AutoencoderKL
 
 from prefopt.pocket import folder
 from prefopt.pocket.oracle import Oracle
-from prefopt.pocket.pretraining import clip, oracle, pairs, text_to_image, vae, yolo_world
+from prefopt.pocket.pretraining import (
+    clip,
+    llava,
+    llava_quality,
+    oracle,
+    pairs,
+    text_to_image,
+    vae,
+    yolo_world,
+)
 from prefopt.pocket.pretraining.common import Run, to_images, to_tensor
+from prefopt.pocket.pretraining.llava_pictures import make_pictures
 from prefopt.pocket.pretraining.pictures import copy_through, make_pool
 from prefopt.pocket.pretraining.shipping import record, save_half, save_pipeline
-from prefopt.pocket.world import held_out_scenes, render
+from prefopt.pocket.world import held_out_scenes, render, train_scenes
 
 POOL = 12_000
+FLAWED = 24_000
 BOXED = 3_000
 PAIRS = 192
-SEEDS = {"vae": 1, "text_to_image": 3, "clip": 5, "oracle": 7, "pairs": 9, "yolo_world": 11}
+SEEDS = {"vae": 1, "text_to_image": 3, "clip": 5, "oracle": 7, "pairs": 9, "llava": 21, "yolo_world": 11}
+
+
+TEMPLATES = Path(__file__).parent.parent / "data_builders" / "templates"
 
 
 def command(part: str) -> str:
@@ -117,6 +131,28 @@ def make_pairs(work: Path) -> None:
     )
 
 
+def make_llava(work: Path) -> None:
+    seed, short = SEEDS["llava"], {"average": 0.99}
+    looks = Run(work / "llava_looks", seed, steps=5000, batch=32, learning_rate=2e-3, **short)
+    questions = Run(work / "llava", seed + 1, steps=2400, batch=16, learning_rate=1.2e-3, **short)
+    shipped = AutoencoderKL.from_pretrained(folder("text_to_image") / "vae")
+    vae_model = shipped.to(memory_format=torch.channels_last).eval()
+    words = [
+        (TEMPLATES / f"{name}.txt").read_text(encoding="utf-8").strip() for name in ("system", "request")
+    ]
+    request = llava.Request(*words)
+    model, processor = llava.train(
+        looks, questions, make_pictures(seed, FLAWED, vae_model, train_scenes()), request
+    )
+    save_half(model, folder("llava"))
+    processor.save_pretrained(folder("llava"))
+    unseen = make_pictures(seed + 1, 1200, vae_model, held_out_scenes())
+    quality = llava_quality.measure(folder("llava"), unseen, request)
+    llava_quality.show(quality)
+    steps = {"looks": looks.steps, "questions": questions.steps}
+    record("llava", folder("llava"), command=command("llava"), seed=seed, steps=steps, quality=quality)
+
+
 def make_yolo_world(work: Path) -> None:
     run = Run(work / "yolo_world", SEEDS["yolo_world"], steps=1600, batch=32, learning_rate=2e-3)
     shipped = AutoencoderKL.from_pretrained(folder("text_to_image") / "vae")
@@ -142,6 +178,7 @@ PARTS = {
     "clip": make_clip,
     "text_to_image": make_text_to_image,
     "pairs": make_pairs,
+    "llava": make_llava,
     "yolo_world": make_yolo_world,
 }
 

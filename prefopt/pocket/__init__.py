@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from prefopt.records import InputError
 
-Part = Literal["text_to_image", "clip", "oracle", "pairs", "yolo_world"]
+Part = Literal["text_to_image", "clip", "oracle", "pairs", "yolo_world", "llava"]
 
 _HERE = Path(__file__).parent
 
