@@ -67,9 +67,7 @@ class Build:
         self.detect = None
         if config.detector != NONE:
             self.detect = Detect(
-                partial(
-                    load_detector, config.detector, revision=config.detector_revision, device=device
-                ),
+                partial(load_detector, config.detector, revision=config.detector_revision, device=device),
                 self.classes,
                 self.drawn,
                 Ledger(self.work, "boxes", process),

@@ -23,6 +23,7 @@ def save_half(model: Any, path: Path) -> None:
     model.float()
     file = path / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # a place on the machine that trained it
     _say_float32(config)
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
