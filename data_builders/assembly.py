@@ -92,7 +92,9 @@ class Build:
         prompts = [prompt | source.identity() | source.names() for prompt in self.prompts]
         folder = self.work / f"drawn-{content_key(json.dumps(identity))[:16]}"
         table = CandidatesTable(folder, identity, prompts, config.block_size, DRAWN)
-        return Draw(source, numbers, table, config.seed, config.batch_size, device)
+        # Two sources may be one model with other settings.
+        name = f"drawing by {source.model}" + (f", source {place + 1}" if sources > 1 else "")
+        return Draw(name, source, numbers, table, config.seed, config.batch_size, device)
 
     # From what is kept to the dataset, on one process
 
@@ -122,9 +124,7 @@ class Build:
         for of_one_process in calls:
             made.update(of_one_process)
         run = {"processes": len(calls), "seconds": round(seconds, 1), "calls": dict(made)}
-        identities = {
-            phase.name: getattr(phase, "identity", "") for phase in self.phases if phase.name in made
-        }
+        identities = {phase.name: phase.identity for phase in self.phases}
         said = write_build(self.folder, asdict(config), identities, summary, counts, run)
         if config.gallery:
             write_gallery(self.folder, self.groups(), title=self.folder.name, facts=summary.facts(counts))

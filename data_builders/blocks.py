@@ -105,10 +105,11 @@ class CandidatesTable:
                 self.write(block, rows)
             yield from rows
 
-    def rows(self, block: Block) -> list[Record]:
-        """What is written of a block; one that cannot be read is an InputError."""
+    def rows(self, block: Block, *, images: bool = True) -> list[Record]:
+        """What is written of a block, images or not; one that cannot be read is an InputError."""
+        columns = [name for name in self.features if images or name != "image"]
         try:
-            return pq.read_table(block.file).to_pylist()
+            return pq.read_table(block.file, columns=columns).to_pylist()
         except (OSError, pa.ArrowInvalid) as error:
             raise InputError(
                 f"{block.file} cannot be read: {error}. Delete it, and run the same command again"

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from data_builders.self_rewarding_config import NONE
 from data_builders.shards import JUDGED
 from data_builders.stages import REASON, Record
 from prefopt.evaluation import words
+from prefopt.evaluation.report import page_templates
 from prefopt.records import InputError
 from prefopt.store import write_atomically, writing
 
@@ -58,13 +58,7 @@ def write_gallery(
     """
     shown = _shown(groups, limit, thumbnail)
     candidates = [candidate for prompt in shown.prompts for candidate in prompt["candidates"]]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_templates(Path(__file__).parent)
     environment.filters["sha256"] = _sha256
     page = environment.get_template("gallery.html.jinja").render(
         title=title,

@@ -34,8 +34,9 @@ GREY = (128, 128, 128)
 class Phase(Protocol):
     """One model's part of a build."""
 
-    name: str
+    name: str  # of no other phase
     unit: str
+    identity: str  # of the model, with its settings
     calls: int  # of the model, in this run
 
     def todo(self, block: int) -> int:
@@ -95,6 +96,7 @@ class Draw(_Loaded):
 
     def __init__(
         self,
+        name: str,
         source: Source,
         numbers: Iterable[int],
         table: CandidatesTable,
@@ -103,7 +105,7 @@ class Draw(_Loaded):
         device: Any,
     ):
         super().__init__(lambda: source.load(device))
-        self.name = f"drawing by {source.model}"
+        self.name, self.identity = name, content_key(json.dumps(table.identity, sort_keys=True))
         self.source, self.numbers, self.table = source, list(numbers), table
         self.seed, self.batch_size = seed, batch_size
 
@@ -137,10 +139,10 @@ class Drawn:
         """How many blocks there are."""
         return len(self.tables[0].blocks)
 
-    def rows(self, block: int) -> list[Record]:
-        """All rows of a block, prompt by prompt."""
+    def rows(self, block: int, *, images: bool = True) -> list[Record]:
+        """All rows of a block, prompt by prompt, with or without their images."""
         order = {p["prompt_id"]: place for place, p in enumerate(self.tables[0].blocks[block].prompts)}
-        rows = [row for table in self.tables for row in table.rows(table.blocks[block])]
+        rows = [row for table in self.tables for row in table.rows(table.blocks[block], images=images)]
         return sorted(rows, key=lambda row: (order[row["prompt_id"]], row["candidate"]))
 
 
@@ -167,11 +169,11 @@ class Ask(_Loaded):
 
     def todo(self, block: int) -> int:
         """The images of a block with a question that has no answer."""
-        return sum(len(batch) for batch in self._missing(block))
+        return sum(map(len, self._missing(self.drawn.rows(block, images=False))))
 
     def work(self, block: int, bar: tqdm) -> None:
         """Ask what has no answer, batch by batch."""
-        for batch in self._missing(block):
+        for batch in self._missing(self.drawn.rows(block)):
             cases = [Case(opened(row), row["prompt"], tuple(questions)) for row, questions in batch]
             answers = self.model.answer(cases)
             self.calls += sum(len(case.questions) for case in cases)
@@ -204,10 +206,10 @@ class Ask(_Loaded):
     def _questions(self, row: Record) -> tuple[Question, ...]:
         return self.rubric.questions(self.classes[row["prompt_id"]], row["prompt"])
 
-    def _missing(self, block: int) -> list[list[tuple[Record, list[Question]]]]:
+    def _missing(self, rows: list[Record]) -> list[list[tuple[Record, list[Question]]]]:
         """Batches of images with the questions that have no answer; a batch that has all is left out."""
         batches = []
-        for batch in batched(self._images(self.drawn.rows(block)), self.batch_size):
+        for batch in batched(self._images(rows), self.batch_size):
             asked = [
                 (row, [q for q in self._questions(row) if self.key(row, q) not in self.ledger])
                 for row in batch
@@ -254,11 +256,11 @@ class Detect(_Loaded):
 
     def todo(self, block: int) -> int:
         """The images of a block whose boxes are not kept."""
-        return sum(map(len, self._missing(block)))
+        return sum(map(len, self._missing(self.drawn.rows(block, images=False))))
 
     def work(self, block: int, bar: tqdm) -> None:
         """Detect batch by batch."""
-        for batch in self._missing(block):
+        for batch in self._missing(self.drawn.rows(block)):
             found = self.model.detect([opened(row) for row in batch], [[self._class(row)] for row in batch])
             self.calls += len(batch)
             plain = [[[box.label, *map(float, box[1:])] for box in boxes] for boxes in found]
@@ -277,8 +279,8 @@ class Detect(_Loaded):
     def _class(self, row: Record) -> str:
         return self.classes[row["prompt_id"]]
 
-    def _missing(self, block: int) -> list[list[Record]]:
-        distinct = {self.key(row): row for row in self.drawn.rows(block) if kept(row)}
+    def _missing(self, rows: list[Record]) -> list[list[Record]]:
+        distinct = {self.key(row): row for row in rows if kept(row)}
         batches = [list(batch) for batch in batched(distinct.values(), self.batch_size)]
         return [batch for batch in batches if any(self.key(row) not in self.ledger for row in batch)]
 

@@ -24,6 +24,7 @@ class Summary:
 
     def __init__(self, rubric: Rubric):
         self.rubric = rubric
+        self.candidates = 0
         self.prompts, self.optimal = Counter[str](), Counter[str]()  # by class
         self.without: Counter[str] = Counter()  # prompts without an optimal image, by reason
         self.dropped: Counter[str] = Counter()  # candidates, by reason
@@ -35,6 +36,7 @@ class Summary:
 
     def add(self, group: list[Record]) -> None:
         """Count the candidates of one prompt."""
+        self.candidates += len(group)
         self.prompts[group[0]["class"]] += 1
         self.dropped.update(row[REASON] for row in group if row[REASON])
         self.seconds += sum(row["seconds"] for row in group)
@@ -49,14 +51,14 @@ class Summary:
             self.optimal[group[0]["class"]] += 1
             self.optimal_scores.append(chosen[0]["hard_score"])
         else:
-            best = min(judged, key=lambda row: row["rank"], default=None)
-            self.without[_why(best, judged)] += 1
+            best = max(judged, key=lambda row: row["hard_score"], default=None)
+            self.without[best[REASON] if best else NOTHING] += 1
 
     def figures(self) -> dict:
         """The figures as BUILD.json holds them."""
         return {
             "prompts": dict(self.prompts),
-            "candidates": len(self.scores) + sum(self.dropped[r] for r in self._undrawn()),
+            "candidates": self.candidates,
             "judged": len(self.scores),
             "optimal": dict(self.optimal),
             "mean_hard_score": _mean(self.scores),
@@ -80,16 +82,6 @@ class Summary:
             "candidates not optimal": reasons(self.dropped),
             "rows": ", ".join(f"{count} {name}" for name, count in rows.items()),
         }
-
-    def _undrawn(self) -> list[str]:
-        return [reason for reason in self.dropped if reason in ("black", "not finite")]
-
-
-def _why(best: Record | None, judged: list[Record]) -> str:
-    if best is None:
-        return NOTHING
-    tops = [row for row in judged if row["hard_score"] == max(r["hard_score"] for r in judged)]
-    return tops[0][REASON]
 
 
 def _mean(values: list[float]) -> float | None:

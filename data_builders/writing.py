@@ -225,7 +225,8 @@ def of_classes(prompts: Sequence[str], classes: Sequence[str]) -> Iterator[Recor
     """Records of given prompts, each with the one class that it names; repeated ones once."""
     patterns = {name: re.compile(rf"\b{re.escape(name)}(?:e?s)?\b", re.IGNORECASE) for name in classes}
     missing = set(classes)
-    for record in flow(identify(prompts), [distinct(Counter())]):
+    repeated: Counter[str] = Counter()
+    for record in flow(identify(prompts), [distinct(repeated)]):
         named = [name for name, pattern in patterns.items() if pattern.search(record["prompt"])]
         if len(named) != 1:
             raise InputError(
@@ -234,6 +235,8 @@ def of_classes(prompts: Sequence[str], classes: Sequence[str]) -> Iterator[Recor
             )
         missing -= set(named)
         yield record | {"class": named[0]}
+    if repeated:
+        logger.info("%d prompts are repetitions of others, and left out", repeated.total())
     if missing:
         raise InputError(f"no prompt names {sorted(missing)[0]}; add some, or take it from --classes")
 

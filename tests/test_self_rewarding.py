@@ -173,6 +173,7 @@ def test_the_card_and_the_gallery_are_there(whole):
     assert PROMPTS[0] in (whole / "gallery.html").read_text()
     figures = build_of(whole)["figures"]
     assert figures["prompts"] == {"lion": 3, "zebra": 2}
+    assert figures["candidates"] == len(PROMPTS) * CANDIDATES
     assert sum(figures["verdicts"]["realistic"].values()) == figures["judged"] == len(PROMPTS) * CANDIDATES
 
 
@@ -211,6 +212,10 @@ def test_several_sources_take_turns(workplace):
     rows = pq.read_table(workplace / "sources" / "candidates").to_pylist()
     assert [row["candidate"] for row in rows[:CANDIDATES]] == [0, 1, 2, 3]
     assert [row["num_inference_steps"] for row in rows[:CANDIDATES]] == [1, 2, 1, 2]
+    half = len(PROMPTS) * CANDIDATES // 2
+    assert calls(workplace / "sources")[:2] == [half, half], "one model twice is counted twice"
+    identities = list(build_of(workplace / "sources")["identity"].values())
+    assert len(set(identities)) == 4 and all(identities)
 
 
 def test_a_source_says_what_differs():

@@ -14,7 +14,7 @@ from torchvision.ops import box_convert
 from transformers import Owlv2ForObjectDetection, Owlv2Processor
 
 from prefopt.detectors import Box
-from prefopt.detectors.selecting import by_number_of_classes, distinct, select
+from prefopt.detectors.selecting import distinct, in_batches, select
 from prefopt.records import InputError
 from prefopt.store import content_key, tensors_key
 
@@ -72,12 +72,7 @@ class Owlv2:
         """The boxes of each image, the most confident first, asked for its own classes."""
         asked = distinct(images, classes)
         self._embed(list(dict.fromkeys(name for names in asked for name in names if name not in self._text)))
-        found: list[list[Box]] = [[] for _ in images]
-        for batch in by_number_of_classes(asked, self.batch_size):
-            boxes = self._detect([images[i] for i in batch], [asked[i] for i in batch])
-            for place, some in zip(batch, boxes, strict=True):
-                found[place] = some
-        return found
+        return in_batches(images, asked, self.batch_size, self._detect)
 
     @torch.no_grad()
     def _detect(self, images: list[Image.Image], classes: list[list[str]]) -> list[list[Box]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.ops import batched_nms
 
@@ -40,6 +41,21 @@ def select(
             labels[kept].tolist(), confidences[kept].tolist(), cut[kept].tolist(), strict=True
         )
     ]
+
+
+def in_batches(
+    images: Sequence[Image.Image],
+    classes: Sequence[list[str]],
+    batch_size: int,
+    detect: Callable[[list[Image.Image], list[list[str]]], list[list[Box]]],
+) -> list[list[Box]]:
+    """The boxes of each image by a `detect` whose images are all asked for as many classes."""
+    found: list[list[Box]] = [[] for _ in images]
+    for batch in by_number_of_classes(classes, batch_size):
+        boxes = detect([images[i] for i in batch], [classes[i] for i in batch])
+        for place, some in zip(batch, boxes, strict=True):
+            found[place] = some
+    return found
 
 
 def by_number_of_classes(classes: Sequence[Sequence[str]], batch_size: int) -> list[list[int]]:

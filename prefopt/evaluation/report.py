@@ -21,6 +21,17 @@ from prefopt.store import write_atomically, writing
 _LONGEST_SIDE = 320  # pixels of an embedded image
 
 
+def page_templates(folder: Path) -> Environment:
+    """The Jinja templates of a folder: what they show is escaped, and a name they do not know is an error."""
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def write_report(
     output_dir: str | Path, *, runs: Sequence[str | Path] = (), shown: int = 24, title: str = ""
 ) -> Path:
@@ -34,25 +45,22 @@ def write_report(
         raise InputError(f"no comparison in {folder}: it holds no summary.json; run the comparison first")
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.jinja").render(
-        title=title or f"{' and '.join(_changed(summary))} against {next(iter(summary['systems']))}",
-        summary=summary,
-        findings=[_finding(contrast, summary) for contrast in summary["contrasts"]],
-        table=_table(summary),
-        figures=[
-            {"title": drawing.title, "svg": Markup(drawing.svg)}
-            for drawing in _figures(summary, [Path(run) for run in runs])
-        ],
-        galleries=_galleries(folder, summary, rows, shown),
-        words=words,
-        clip="clip" in summary["metrics"],
+    page = (
+        page_templates(Path(__file__).parent)
+        .get_template("report.html.jinja")
+        .render(
+            title=title or f"{' and '.join(_changed(summary))} against {next(iter(summary['systems']))}",
+            summary=summary,
+            findings=[_finding(contrast, summary) for contrast in summary["contrasts"]],
+            table=_table(summary),
+            figures=[
+                {"title": drawing.title, "svg": Markup(drawing.svg)}
+                for drawing in _figures(summary, [Path(run) for run in runs])
+            ],
+            galleries=_galleries(folder, summary, rows, shown),
+            words=words,
+            clip="clip" in summary["metrics"],
+        )
     )
     path = folder / "report.html"
     with writing(path):

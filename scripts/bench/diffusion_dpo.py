@@ -179,9 +179,11 @@ def peak_memory(device: torch.device, into: list[float]) -> Iterator[None]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield
-    done.set()
-    thread.join()
+    try:
+        yield
+    finally:  # or an error would leave a thread that keeps the process alive
+        done.set()
+        thread.join()
     into.append(max(seen) / 2**30)
 
 
