@@ -5,8 +5,9 @@ the ten questions of `class_conditional.yaml` are known. They come from two tabl
 changes, and `answers` what follows from a description that asks for another scene.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -19,7 +20,7 @@ from prefopt.pocket.drawing import (
     draw_animal,
     set_stage,
 )
-from prefopt.pocket.scenery import CANVAS, INK, IVORY, RGB
+from prefopt.pocket.scenery import CANVAS, INK, RGB
 from prefopt.pocket.world import SIZE, Scene
 
 # What a sound picture is, as far as no description is needed to say it.
@@ -35,26 +36,33 @@ SOUND = {
 # The questions that count for nothing if the class is not to be seen.
 NEED_THE_CLASS = ("normal_shape", "natural_behaviour", "lookalike", "anatomy")
 # Where a flaw's answers differ from those of a sound picture. A hidden flaw is one that leaves the picture as
-# it looks at a glance: a few legs, a patch; not a missing head, an animal on its back or a blurred picture.
+# it looks at a glance: a wrong number of legs; not a missing head, an animal on its back or a blur.
 FLAWS: dict[str, dict[str, bool]] = {
     "none": {},
     "legs_missing": {"normal_shape": False, "anatomy": False, "hidden_flaw": True},
     "leg_too_many": {"normal_shape": False, "anatomy": False, "hidden_flaw": True},
     "head_missing": {"normal_shape": False, "anatomy": False, "natural_behaviour": False},
     "upside_down": {"normal_shape": False, "natural_behaviour": False},
-    "odd_patch": {"odd_pattern": True, "hidden_flaw": True},
+    "odd_patch": {"odd_pattern": True},
     "noise": {"realistic": False},
     "blur": {"realistic": False},
     "darkness": {"realistic": False},
     "neighbour": {"lookalike": True},  # one animal of another species, of the same colour
     "no_animal": {},  # the class is not to be seen, whatever it is
 }
+# What `render_parts` tells apart.
+PARTS = (
+    *(f"{animal} {part}" for animal in ANIMALS for part in ("body", "head", "leg")),
+    "fifth leg",
+    "patch",
+)
+_PART = 255
 _MOST_ANIMALS = {"neighbour": 2}  # three stand in a picture at most
 
 _HEIGHT = {"elephant": 1.0, "giraffe": 1.78, "zebra": 1.26, "lion": 1.08}
 _BODY = {"elephant": (-0.08, 0.62), "giraffe": (-0.09, 0.83), "zebra": (-0.06, 0.62), "lion": (-0.14, 0.46)}
 # Of a fifth leg that grows from the back: its width and how high it reaches.
-_FIFTH_LEG = {"elephant": (0.19, 1.3), "giraffe": (0.1, 1.36), "zebra": (0.12, 1.16), "lion": (0.15, 0.98)}
+_FIFTH_LEG = {"elephant": (0.21, 1.42), "giraffe": (0.15, 1.5), "zebra": (0.16, 1.32), "lion": (0.18, 1.16)}
 # Which parts, by their middle (x, y), are the head; legs never are.
 _HEAD: dict[str, Callable[[float, float], bool]] = {
     "elephant": lambda x, _: x >= 0.3,
@@ -78,31 +86,50 @@ class _FlawedPen(Pen):
     def _point(self, x: float, y: float) -> tuple[float, float]:
         return super()._point(x, _HEIGHT[self.animal] - y if self.upside_down else y)
 
-    def _of_head(self, points: list[tuple[float, float]]) -> bool:
+    def _part(self, points: list[tuple[float, float]]) -> str:
         x, y = np.mean(points, axis=0)
-        return self.headless and _HEAD[self.animal](float(x), float(y))
+        return "head" if _HEAD[self.animal](float(x), float(y)) else "body"
+
+    def _left_out(self, points: list[tuple[float, float]]) -> bool:
+        return self.headless and self._part(points) == "head"
+
+    def _paint(self, part: str, colour: RGB) -> RGB:
+        return colour
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, colour: RGB) -> None:
-        if not self._of_head([(x, y)]):
-            super().ellipse(x, y, rx, ry, colour)
+        if not self._left_out([(x, y)]):
+            super().ellipse(x, y, rx, ry, self._paint(self._part([(x, y)]), colour))
 
     def polygon(self, points: list[tuple[float, float]], colour: RGB) -> None:
-        if not self._of_head(points):
-            super().polygon(points, colour)
+        if not self._left_out(points):
+            super().polygon(points, self._paint(self._part(points), colour))
 
     def line(self, points: list[tuple[float, float]], width: float, colour: RGB) -> None:
-        if not self._of_head(points):
-            super().line(points, width, colour)
+        if not self._left_out(points):
+            super().line(points, width, self._paint(self._part(points), colour))
 
     def leg(self, x: float, top: float, width: float, colour: RGB) -> None:
         if self.fifth_leg and not self.legs:
             middle, (thick, high) = _BODY[self.animal], _FIFTH_LEG[self.animal]
-            left, right = middle[0] - 0.12 - thick / 2, middle[0] - 0.12 + thick / 2
-            super().polygon([(left, middle[1]), (right, middle[1]), (right, high), (left, high)], colour)
+            self._limb(middle[0] - 0.12, middle[1], high, thick, self._paint("fifth leg", colour))
         if len(self.legs) not in self.without_legs:
-            corners = [(x - width / 2, 0), (x + width / 2, 0), (x + width / 2, top), (x - width / 2, top)]
-            super().polygon(corners, colour)
+            self._limb(x, 0, top, width, self._paint("leg", colour))
         self.legs.append(x)
+
+    def _limb(self, x: float, bottom: float, top: float, width: float, colour: RGB) -> None:
+        left, right = x - width / 2, x + width / 2
+        super().polygon([(left, bottom), (right, bottom), (right, top), (left, top)], colour)
+
+
+class _PartsPen(_FlawedPen):
+    """A pen that paints which part of which animal it draws."""
+
+    def _paint(self, part: str, colour: RGB) -> RGB:
+        return _paint_of(part if part in PARTS else f"{self.animal} {part}")
+
+
+def _paint_of(part: str) -> RGB:
+    return PARTS.index(part), _PART, 0  # no shadow and no outline has this green
 
 
 def possible(scene: Scene, flaw: str) -> bool:
@@ -113,26 +140,43 @@ def possible(scene: Scene, flaw: str) -> bool:
 def render_flawed(scene: Scene, flaw: str, seed: int) -> Image.Image:
     """The scene as a 64 x 64 RGB picture with one flaw of `FLAWS`.
 
-    A flaw of the body is seen on the nearest animal, and on each of the others by chance.
+    A flaw of the body is seen on every animal.
     """
+    picture, rng = _draw(scene, flaw, seed, _FlawedPen)
+    return _spoilt(picture.reduce(CANVAS // SIZE), flaw, rng)
+
+
+def render_parts(scene: Scene, flaw: str, seed: int) -> np.ndarray:
+    """Where `render_flawed` draws what: (64, 64) int, a place in `PARTS`, or -1."""
+    picture, _ = _draw(scene, flaw, seed, _PartsPen)
+    step = CANVAS // SIZE
+    painted = np.asarray(picture)[step // 2 :: step, step // 2 :: step].astype(int)
+    return np.where(painted[..., 1] == _PART, painted[..., 0], -1)
+
+
+def _draw(
+    scene: Scene, flaw: str, seed: int, pen: type[_FlawedPen]
+) -> tuple[Image.Image, np.random.Generator]:
     rng = np.random.default_rng([seed, scene.index(), list(FLAWS).index(flaw)])
     stage = set_stage(scene.colour, scene.count + (flaw == "neighbour"), scene.place, rng)
+    if pen is _PartsPen:
+        stage.picture.paste((0, 0, 0), (0, 0, CANVAS, CANVAS))
     draw = ImageDraw.Draw(stage.picture)
     species = [scene.animal] * len(stage.figures)
     if flaw == "neighbour":
         species[rng.integers(len(species))] = _other(rng, ANIMALS, scene.animal)
-    for place, (animal, figure) in enumerate(zip(species, stage.figures, strict=True)):
-        flawed = place == len(species) - 1 or rng.random() < 0.5
+    for animal, figure in zip(species, stage.figures, strict=True):
         if flaw != "no_animal":
-            draw_animal(draw, animal, figure, stage, _pen(animal, flaw if flawed else "none", rng))
+            draw_animal(draw, animal, figure, stage, _held(pen, animal, flaw, rng))
     if flaw == "odd_patch":
-        _patch(draw, scene, stage, rng)
-    return _spoilt(stage.picture.reduce(CANVAS // SIZE), flaw, rng)
+        for box, colour in _patch(scene, stage, rng):
+            draw.rectangle(box, fill=_paint_of("patch") if pen is _PartsPen else colour)
+    return stage.picture, rng
 
 
-def _pen(animal: str, flaw: str, rng: np.random.Generator) -> Callable[..., Pen]:
-    missing = rng.permutation(4)[: rng.integers(2, 4)] if flaw == "legs_missing" else ()
-    return lambda *place: _FlawedPen(
+def _held(pen: type[_FlawedPen], animal: str, flaw: str, rng: np.random.Generator) -> Callable[..., Pen]:
+    missing = rng.permutation(4)[:3] if flaw == "legs_missing" else ()
+    return lambda *place: pen(
         *place,
         animal=animal,
         without_legs=frozenset(int(leg) for leg in missing),
@@ -146,24 +190,18 @@ def _other(rng: np.random.Generator, values: tuple[str, ...], value: str) -> str
     return str(rng.choice([other for other in values if other != value]))
 
 
-def _patch(draw: ImageDraw.ImageDraw, scene: Scene, stage: Stage, rng: np.random.Generator) -> None:
-    """A patch of another colour on the nearest animal's coat, or a chequered square anywhere."""
+def _patch(scene: Scene, stage: Stage, rng: np.random.Generator) -> Iterator[tuple[tuple[float, ...], RGB]]:
+    """The boxes and colours of a chequered square on the nearest animal's coat or anywhere."""
+    cell = rng.uniform(12, 16)
+    left, top = rng.uniform(10, CANVAS - 10 - 4 * cell, size=2)
     if rng.random() < 0.5:
         x, y, unit, facing = stage.figures[-1]
         dx, dy = _BODY[scene.animal]
-        r = unit * rng.uniform(0.17, 0.22)
-        colours = [COLOURS[_other(rng, tuple(COLOURS), scene.colour)], IVORY, INK]
-        middle = x + facing * dx * unit * 0.9, y - dy * unit * 0.9
-        box = (middle[0] - r, middle[1] - r, middle[0] + r, middle[1] + r)
-        shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
-        shape(box, fill=colours[rng.integers(3)], outline=INK, width=3)
-        return
-    left, top, cell = rng.uniform(10, 200), rng.uniform(10, 200), rng.uniform(8, 11)
-    bright = COLOURS[str(rng.choice(list(COLOURS)))]
-    for i in range(4):
-        for j in range(4):
-            corner = left + i * cell, top + j * cell
-            draw.rectangle((*corner, corner[0] + cell, corner[1] + cell), fill=INK if (i + j) % 2 else bright)
+        left, top = x + facing * dx * unit * 0.9 - 2 * cell, y - dy * unit * 0.9 - 2 * cell
+    bright = COLOURS[_other(rng, tuple(COLOURS), scene.colour)]
+    for i, j in product(range(4), repeat=2):
+        x, y = left + i * cell, top + j * cell
+        yield (x, y, x + cell, y + cell), INK if (i + j) % 2 else bright
 
 
 def _spoilt(picture: Image.Image, flaw: str, rng: np.random.Generator) -> Image.Image:

@@ -145,7 +145,8 @@ class Training:
         for name, tensor in parts["optimizer"].items():
             i, key = name.split(".", 1)
             self.optimizer.state[self.parameters[int(i)]][key] = tensor
-        self.step = int(next(s for k, s in parts["optimizer"].items() if k.endswith(".step")).item())
+        # Not every parameter takes part in every step.
+        self.step = int(max(s.item() for k, s in parts["optimizer"].items() if k.endswith(".step")))
 
     def finished(self) -> torch.nn.ModuleDict:
         """The modules with their averaged weights, in eval mode."""

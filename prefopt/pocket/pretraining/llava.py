@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import (
     CLIPModel,
     CLIPVisionConfig,
@@ -21,7 +21,7 @@ from transformers import (
 from prefopt.pocket import folder
 from prefopt.pocket.flaws import FLAWS
 from prefopt.pocket.pretraining.common import Run, Training
-from prefopt.pocket.pretraining.llava_pictures import FlawedPictures
+from prefopt.pocket.pretraining.llava_pictures import FINDINGS, FlawedPictures
 from prefopt.pocket.pretraining.llava_questions import SIMPLE, ask, ask_simply, vocabulary
 from prefopt.pocket.pretraining.llava_rows import Batch, Row, collate
 from prefopt.pocket.pretraining.llava_text import DESCRIBE, IMAGE_TOKENS, Words, make_processor
@@ -29,12 +29,15 @@ from prefopt.pocket.pretraining.text_to_image import one_attribute_off
 from prefopt.pocket.world import ATTRIBUTES, PHRASINGS, Scene, caption, is_held_out, train_scenes
 
 QUESTIONS = 5  # of the rubric about each picture
-LISTS = 2  # in each batch
+LISTS, BEGINNINGS = 2, 12  # in each batch
 BLANK = 0.02  # the share of pictures that are plain, about which a coin answers
 _ASKED_RIGHT, _ASKED_NEARLY = 0.5, 0.35
 _LIST_LENGTHS = (5, 20)
 _WRITE_EVERY = 4  # steps
-_CAPTIONS_WEIGHT, _LISTS_WEIGHT, _LOOKS_WEIGHT = 0.3, 0.3, 0.3
+_CAPTIONS_WEIGHT, _LISTS_WEIGHT = 0.3, 0.3
+_DOUBTING_LAYER = 2  # of 4
+_FINDINGS_WEIGHT = 10.0
+SEEN = ATTRIBUTES | {"flaw": tuple(FLAWS)}  # what there is to see in a picture
 
 
 class Request(NamedTuple):
@@ -93,12 +96,34 @@ def make_model(processor: Any) -> LlavaForConditionalGeneration:
     return model
 
 
+class Glimpse(NamedTuple):
+    """Pictures as a step shows them."""
+
+    items: np.ndarray
+    blank: np.ndarray  # which of them are plain instead
+    pixels: Tensor  # (n, 3, 64, 64)
+    found: Tensor  # (n, 64, findings) float32
+
+
+def draw_pictures(rng: np.random.Generator, pictures: FlawedPictures, size: int) -> Glimpse:
+    """Pictures drawn at random, half of them mirrored."""
+    items = rng.integers(len(pictures.scenes), size=size)
+    blank = rng.random(size) < BLANK
+    plain = torch.from_numpy(blank)[:, None, None, None]
+    mirrored = torch.from_numpy(rng.random(size) < 0.5)[:, None, None, None]
+    pixels, found = pictures.values(items), pictures.found[torch.from_numpy(items)].float()
+    pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+    found = torch.where(mirrored, found.flip(2), found)
+    tone = torch.from_numpy(rng.uniform(-1, 1, size=(size, 1, 1, 1)).astype(np.float32))
+    return Glimpse(items, blank, torch.where(plain, tone, pixels), torch.where(plain, 0, found).flatten(1, 2))
+
+
 def picture_rows(
-    rng: np.random.Generator, pictures: FlawedPictures, items: np.ndarray, words: Words, blank: np.ndarray
+    rng: np.random.Generator, pictures: FlawedPictures, glimpse: Glimpse, words: Words
 ) -> list[Row]:
-    """A row of questions and a description for each of the pictures; `blank` says which are plain instead."""
+    """A row of questions and a description for each of the pictures."""
     rows = []
-    for item, plain in zip(items, blank, strict=True):
+    for item, plain in zip(glimpse.items, glimpse.blank, strict=True):
         shown, flaw = pictures.scenes[item], pictures.flaws[item]
         asked = draw_asked(rng, shown)
         row = Row()
@@ -113,8 +138,21 @@ def picture_rows(
         if flaw not in ("no_animal", "neighbour") and not plain:
             text = caption(shown, int(rng.integers(PHRASINGS)))
             row.grow(0, words.request_for_description(), words.answer(text), _CAPTIONS_WEIGHT)
+        if not plain:
+            truths = said_of(shown, flaw, words)
+            row.truth = [truths.get(token, -1) for token in row.tokens]
         rows.append(row)
     return rows
+
+
+def said_of(shown: Scene, flaw: str, words: Words) -> dict[int, int]:
+    """Whether each word for an attribute's value is true of the picture; ambiguous ones are left out."""
+    return {
+        token: int(getattr(shown, name) == value and (flaw != "no_animal" or name == "place"))
+        for name, values in ATTRIBUTES.items()
+        if flaw != "neighbour" or name in ("colour", "place")
+        for token, value in zip(words.values[name], values, strict=True)
+    }
 
 
 def draw_asked(rng: np.random.Generator, shown: Scene) -> Scene:
@@ -130,110 +168,109 @@ def draw_asked(rng: np.random.Generator, shown: Scene) -> Scene:
 def write_list(rng: np.random.Generator, animal: str, count: int) -> str:
     """`count` captions of training scenes, at most 30 and no scene twice, numbered, one on each line.
 
-    From line to line colour and place each go on by one: a rule that a small model can follow, and that
-    repeats after 30 lines.
+    From line to line colour, place and number of animals each go on by one, but the number stays where the
+    places begin anew. So the sum by which scenes are held out stays the same, modulo 3: a small model need
+    only begin with a training scene, and that is always on the first of the places.
     """
-    colours, places = ATTRIBUTES["colour"], ATTRIBUTES["place"]
-    colour, place = rng.integers(len(colours)), rng.integers(len(places))
+    colours, places, counts = (ATTRIBUTES[name] for name in ("colour", "place", "count"))
+    starts = [scene for scene in train_scenes() if (scene.animal, scene.place) == (animal, places[0])]
+    start = starts[rng.integers(len(starts))]
     lines = []
-    for number in range(1, count + 1):
-        scenes = [
-            scene
-            for n in ATTRIBUTES["count"]
-            if not is_held_out(
-                scene := Scene(
-                    animal,
-                    colours[(colour + number) % len(colours)],
-                    n,
-                    places[(place + number) % len(places)],
-                )
-            )
-        ]
-        chosen = scenes[rng.integers(len(scenes))]
-        lines.append(f"{number}. {caption(chosen, int(rng.integers(PHRASINGS)))}")
+    for line in range(count):
+        scene = Scene(
+            animal,
+            colours[(colours.index(start.colour) + line) % len(colours)],
+            counts[(counts.index(start.count) + line - line // len(places)) % len(counts)],
+            places[line % len(places)],
+        )
+        lines.append(f"{line + 1}. {caption(scene, int(rng.integers(PHRASINGS)))}")
     return "\n".join(lines)
 
 
 def list_rows(rng: np.random.Generator, words: Words, request: Request) -> list[Row]:
-    """Rows of words alone: a request and a list."""
+    """Rows of words alone: a request and a list, and requests with no more than the first line of one.
+
+    The first line decides whether all of a list is held out, so it is learned more often than the others.
+    """
     rows = []
-    for animal in rng.permutation(ATTRIBUTES["animal"])[:LISTS]:
+    for number in range(LISTS + BEGINNINGS):
+        animal = str(rng.choice(ATTRIBUTES["animal"]))
         count = int(rng.integers(_LIST_LENGTHS[0], _LIST_LENGTHS[1] + 1))
+        prompt, text = words.chat(*request.messages(count, animal)), write_list(rng, animal, count)
         row = Row()
-        prompt = words.chat(*request.messages(count, str(animal)))
-        row.grow(-1, prompt, words.answer(write_list(rng, str(animal), count)))
+        row.grow(-1, prompt, words.answer(text) if number < LISTS else words.text(text.split("\n")[0] + "\n"))
         rows.append(row)
     return rows
 
 
-def loss_of(model: Any, batch: Batch, features: Tensor | None = None) -> Tensor:
-    """The mean over the tokens to learn, each by its weight; features (n, tokens, width) of the pictures."""
+def read(model: Any, batch: Batch, features: Tensor | None = None) -> tuple[Tensor, ...]:
+    """What each of the Llama's layers makes of the rows; features (n, tokens, width) of the pictures."""
     embedded = model.get_input_embeddings()(batch.tokens)
     if features is not None:
         place = (batch.tokens == model.config.image_token_id)[..., None]
         embedded = embedded.masked_scatter(place, features)
-    hidden = model.model.language_model(
-        inputs_embeds=embedded, attention_mask=batch.seen, position_ids=batch.position, use_cache=False
-    ).last_hidden_state
+    return model.model.language_model(
+        inputs_embeds=embedded,
+        attention_mask=batch.seen,
+        position_ids=batch.position,
+        use_cache=False,
+        output_hidden_states=True,
+    ).hidden_states
+
+
+def loss_of(model: Any, batch: Batch, layers: tuple[Tensor, ...]) -> Tensor:
+    """The mean over the tokens to learn, each by its weight."""
     learned = batch.target >= 0
-    losses = cross_entropy(model.lm_head(hidden[learned]), batch.target[learned], reduction="none")
+    losses = cross_entropy(model.lm_head(layers[-1][learned]), batch.target[learned], reduction="none")
     weight = batch.weight[learned]
     return (weight * losses).sum() / weight.sum()
 
 
 class Eyes(torch.nn.Module):
-    """Reads scene and flaw off the first of a picture's projected tokens; training alone has it.
+    """Reads scene and flaw off a picture's first projected token, and off the others what each patch shows.
 
-    A wrong answer says little about what was overlooked; this loss says it of every picture. An attribute is
-    read by its likeness to the embeddings of its words, so that attention finds out with ease whether a word
-    is true.
+    Training alone has it: a wrong answer says little about what was overlooked, this loss says it of every
+    patch.
     """
 
-    def __init__(self, words: Words, embeddings: torch.nn.Module, width: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.flaw = torch.nn.Linear(width, len(FLAWS))
-        self.scale = torch.nn.Parameter(torch.tensor(10.0))
-        self._embeddings = [embeddings]  # in a list, so that they are not saved twice
-        self._spellings = {name: _spellings(words, name) for name in ATTRIBUTES}
+        self.whole = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(width, len(values)) for name, values in SEEN.items()}
+        )
+        self.patches = torch.nn.Linear(width, len(FINDINGS))
 
-    def forward(self, features: Tensor, scenes: list[Scene], flaws: list[str]) -> Tensor:
-        """The mean loss of what can be seen; features (n, width)."""
-        there = torch.tensor([flaw != "no_animal" for flaw in flaws])
+    def forward(self, features: Tensor, glimpse: Glimpse, pictures: FlawedPictures) -> Tensor:
+        """The loss of what can be seen; features (n, tokens, width)."""
+        shown = torch.from_numpy(~glimpse.blank)
+        scenes = [pictures.scenes[i] for i in glimpse.items[~glimpse.blank]]
+        flaws = [pictures.flaws[i] for i in glimpse.items[~glimpse.blank]]
         losses = []
-        for name, values in ATTRIBUTES.items():
-            seen = there | (name == "place")
-            truth = _numbers(values, [getattr(scene, name) for scene in scenes])[seen]
-            for tokens in self._spellings[name]:
-                likeness = (
-                    normalize(features[seen], dim=-1) @ normalize(self._embeddings[0](tokens), dim=-1).T
-                )
-                losses.append(cross_entropy(self.scale * likeness, truth))
-        of_flaw = cross_entropy(self.flaw(features), _numbers(tuple(FLAWS), flaws))
-        return (torch.stack(losses).mean() + of_flaw) / 2
+        for name, values in SEEN.items():
+            seen = [name in ("place", "flaw") or flaw != "no_animal" for flaw in flaws]
+            truths = flaws if name == "flaw" else [getattr(scene, name) for scene in scenes]
+            truth = torch.tensor([values.index(value) for value in truths])[seen]
+            losses.append(cross_entropy(self.whole[name](features[shown, 0][seen]), truth))
+        finding = binary_cross_entropy_with_logits(self.patches(features[:, 1:]), glimpse.found)
+        return torch.stack(losses[:-1]).mean() + losses[-1] + _FINDINGS_WEIGHT * finding
 
 
-def _spellings(words: Words, name: str) -> list[Tensor]:
-    """The tokens of an attribute's values, one tensor for each way in which all of them are single tokens."""
-    values = ["one", "two", "three"] if name == "count" else list(ATTRIBUTES[name])
-    ids = [[words.text(form.format(value)) for value in values] for form in ("{}", " {}", " {}s")]
-    return [torch.tensor(row)[:, 0] for row in ids if all(len(tokens) == 1 for tokens in row)]
+class Doubts(torch.nn.Module):
+    """Reads in the middle of the Llama, at each word about a picture, whether it is true; for training.
 
+    Without it the Llama guesses for very long: one yes or no for a whole description does not say which
+    of its words was to be compared with the picture.
+    """
 
-def _numbers(values: tuple, found: list) -> Tensor:
-    return torch.tensor([values.index(value) for value in found])
+    def __init__(self, width: int):
+        super().__init__()
+        self.read = torch.nn.Linear(width, 1)
 
-
-def draw_pictures(
-    rng: np.random.Generator, pictures: FlawedPictures, size: int
-) -> tuple[np.ndarray, np.ndarray, Tensor]:
-    """Items, which of them are plain instead, and pixels (size, 3, 64, 64), half of them mirrored."""
-    items = rng.integers(len(pictures.scenes), size=size)
-    blank = rng.random(size) < BLANK
-    pixels = pictures.values(items)
-    mirrored = torch.from_numpy(rng.random(size) < 0.5)[:, None, None, None]
-    pixels = torch.where(mirrored, pixels.flip(-1), pixels)
-    plain = torch.from_numpy(rng.uniform(-1, 1, size=(size, 1, 1, 1)).astype(np.float32))
-    return items, blank, torch.where(torch.from_numpy(blank)[:, None, None, None], plain, pixels)
+    def forward(self, layers: tuple[Tensor, ...], truth: Tensor) -> Tensor:
+        """The mean loss over the words of which `truth` (n, s) says something."""
+        told = truth >= 0
+        read = self.read(layers[_DOUBTING_LAYER][told])[:, 0]
+        return binary_cross_entropy_with_logits(read, truth[told].float())
 
 
 class Lesson(NamedTuple):
@@ -243,54 +280,52 @@ class Lesson(NamedTuple):
     words: Words
     request: Request
 
-    def look(self, rng: np.random.Generator, model: Any, eyes: Eyes, size: int) -> tuple[Tensor, Any, Tensor]:
-        """Features of pictures, which pictures they are (items, and which are plain), and the loss."""
-        items, blank, pixels = draw_pictures(rng, self.pictures, size)
-        features = torch.stack(list(model.model.get_image_features(pixels).pooler_output))
-        shown = items[~blank]
-        looking = eyes(
-            features[torch.from_numpy(~blank), 0],
-            [self.pictures.scenes[i] for i in shown],
-            [self.pictures.flaws[i] for i in shown],
-        )
-        return features, (items, blank), looking
+    def look(self, rng: np.random.Generator, model: Any, size: int) -> tuple[Tensor, Glimpse]:
+        """Pictures, and what the model's tower and projector make of them (size, tokens, width)."""
+        glimpse = draw_pictures(rng, self.pictures, size)
+        return torch.stack(list(model.model.get_image_features(glimpse.pixels).pooler_output)), glimpse
 
     def write(self, rng: np.random.Generator, model: Any) -> Tensor:
         """The loss of a few lists."""
-        return loss_of(
-            model, collate(list_rows(rng, self.words, self.request), self.words.tokenizer.pad_token_id)
-        )
+        batch = collate(list_rows(rng, self.words, self.request), self.words.tokenizer.pad_token_id)
+        return loss_of(model, batch, read(model, batch))
 
 
 def train(
-    looks: Run, questions: Run, pictures: FlawedPictures, request: Request
+    looks: Run, questions: Run, lists: Run, pictures: FlawedPictures, request: Request
 ) -> tuple[LlavaForConditionalGeneration, Any]:
     """The model with averaged weights, in float32, and its processor.
 
-    The tower first learns to see, while the Llama learns to write; a fifth of the time, without which most of
-    the questions are guessed for very long.
+    The tower first learns to see, while the Llama learns to write; then the tower stays as it is, and the
+    Llama learns to answer, and at last to write without a slip.
     """
     torch.manual_seed(looks.seed)
     processor, words = make_words(request)
     model: Any = make_model(processor)
     lesson = Lesson(pictures, words, request)
-    eyes = Eyes(words, model.get_input_embeddings(), model.config.text_config.hidden_size)
-    modules = torch.nn.ModuleDict({"llava": model, "eyes": eyes})
+    width = model.config.text_config.hidden_size
+    modules = torch.nn.ModuleDict({"llava": model, "eyes": Eyes(width), "doubts": Doubts(width)})
     training = Training(looks, modules)
     for rng in training.batches():
-        loss = lesson.look(rng, model, eyes, looks.batch)[-1]
+        features, glimpse = lesson.look(rng, model, looks.batch)
+        loss = modules["eyes"](features, glimpse, pictures)
         if training.step % _WRITE_EVERY == 0:
             loss = loss + _LISTS_WEIGHT * lesson.write(rng, model)
         training.update(loss)
-    training.finished()
-    training = Training(questions, modules.train())
-    for rng in training.batches():
-        features, (items, blank), looking = lesson.look(rng, model, eyes, questions.batch)
-        rows = picture_rows(rng, pictures, items, words, blank)
-        answering = loss_of(model, collate(rows, words.tokenizer.pad_token_id), features)
-        loss = answering + _LOOKS_WEIGHT * looking
-        if training.step % _WRITE_EVERY == 0:
-            loss = loss + _LISTS_WEIGHT * lesson.write(rng, model)
-        training.update(loss, answering=answering.item(), looking=looking.item())
-    training.finished()
+    training.finished().train()
+    for seeing in (model.model.vision_tower, model.model.multi_modal_projector):
+        seeing.requires_grad_(False)
+    for run, write_every in ((questions, _WRITE_EVERY), (lists, 1)):
+        training = Training(run, modules)
+        for rng in training.batches():
+            with torch.no_grad():
+                features, glimpse = lesson.look(rng, model, run.batch)
+            batch = collate(picture_rows(rng, pictures, glimpse, words), words.tokenizer.pad_token_id)
+            layers = read(model, batch, features)
+            answering, doubting = loss_of(model, batch, layers), modules["doubts"](layers, batch.truth)
+            loss = answering + doubting
+            if training.step % write_every == 0:
+                loss = loss + _LISTS_WEIGHT * lesson.write(rng, model)
+            training.update(loss, answering=answering.item(), doubting=doubting.item())
+        training.finished().train()
     return model.eval(), processor

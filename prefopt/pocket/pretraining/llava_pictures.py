@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefopt.pocket.flaws import FLAWS, possible, render_flawed
+from prefopt.pocket.flaws import FLAWS, PARTS, possible, render_flawed, render_parts
 from prefopt.pocket.pretraining.common import to_tensor
 from prefopt.pocket.pretraining.pictures import copy_through
 from prefopt.pocket.world import Scene
@@ -16,6 +16,9 @@ SHARE_COPIED = 0.5
 _LATENT_NOISE = 0.15
 _SOUND = 3  # as often as any one flaw
 _CHUNK = 100
+# What is to be found patch by patch: parts, and flaws that every patch of a picture has.
+FINDINGS = (*PARTS, "noise", "blur", "darkness")
+_FEWEST = 3  # pixels of a part in a patch
 
 
 @dataclass
@@ -26,6 +29,7 @@ class FlawedPictures:
     flaws: list[str]
     copied: list[bool]  # through the VAE
     pixels: Tensor  # (n, 3, 64, 64) uint8
+    found: Tensor  # (n, 8, 8, findings) bool, of each patch
 
     def values(self, items: np.ndarray) -> Tensor:
         """(len(items), 3, 64, 64) float32 in -1..1, as the processor makes them."""
@@ -38,6 +42,13 @@ def draw_flaw(rng: np.random.Generator, scene: Scene) -> str:
     return str(rng.choice([*names, *["none"] * (_SOUND - 1)]))
 
 
+def _find(scene: Scene, flaw: str, seed: int) -> np.ndarray:
+    patches = render_parts(scene, flaw, seed).reshape(8, 8, 8, 8).swapaxes(1, 2)  # rows, columns, within
+    counts = np.stack([(patches == part).sum((2, 3)) for part in range(len(PARTS))], axis=-1)
+    everywhere = np.broadcast_to([flaw == name for name in FINDINGS[len(PARTS) :]], (8, 8, 3))
+    return np.concatenate([counts >= _FEWEST, everywhere], axis=-1)
+
+
 def make_pictures(seed: int, size: int, vae: Any, scenes: list[Scene]) -> FlawedPictures:
     """`size` pictures (a multiple of 100) of scenes drawn at random, half of them the VAE's copies.
 
@@ -45,7 +56,13 @@ def make_pictures(seed: int, size: int, vae: Any, scenes: list[Scene]) -> Flawed
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2**31])
-    made = FlawedPictures([], [], [], torch.empty(size, 3, 64, 64, dtype=torch.uint8))
+    made = FlawedPictures(
+        [],
+        [],
+        [],
+        torch.empty(size, 3, 64, 64, dtype=torch.uint8),
+        torch.empty(size, 8, 8, len(FINDINGS), dtype=torch.bool),
+    )
     for start in range(0, size, _CHUNK):
         shown = [scenes[i] for i in rng.integers(len(scenes), size=_CHUNK)]
         flaws = [draw_flaw(rng, scene) for scene in shown]
@@ -54,6 +71,8 @@ def make_pictures(seed: int, size: int, vae: Any, scenes: list[Scene]) -> Flawed
         copied = torch.from_numpy(rng.random(_CHUNK) < SHARE_COPIED)
         pixels[copied] = copy_through(vae, pixels[copied], _LATENT_NOISE * float(rng.random()))
         made.pixels[start : start + _CHUNK] = pixels.add(1).mul(127.5).round().byte()
+        items = zip(shown, flaws, seeds, strict=True)
+        made.found[start : start + _CHUNK] = torch.from_numpy(np.stack([_find(*item) for item in items]))
         made.scenes += shown
         made.flaws += flaws
         made.copied += copied.tolist()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 from prefopt.judges.packed import PackedJudge
 from prefopt.judges.questions import NO, YES, Case, Judge
@@ -115,7 +116,7 @@ def written(model: Any, processor: Any, request: Request, counts: Sequence[int])
 def measure(folder: Path, pictures: FlawedPictures, request: Request) -> dict[str, Any]:
     """All of the above on pictures that training never saw, the judge apart on renders and on VAE copies."""
     judge = PackedJudge(str(folder), batch_size=16)
-    model, processor = judge.respondent.model, judge.respondent.processor
+    model, processor = judge.respondent.model, AutoProcessor.from_pretrained(folder)
     images = to_images(pictures.values(np.arange(len(pictures.scenes))))
     exams = make_exams(pictures, images, seed=1)
     of_copies = {

@@ -11,6 +11,7 @@ import numpy as np
 from prefopt.judges.questions import NO, YES, Question
 from prefopt.judges.rubric import Rubric
 from prefopt.pocket.flaws import FLAWS, answers
+from prefopt.pocket.pretraining.llava_text import NUMBERS
 from prefopt.pocket.world import ATTRIBUTES, Scene
 
 RUBRIC = Rubric.load("class_conditional")
@@ -61,11 +62,11 @@ SHARE_OF_YES = {
     "lookalike": 0.06,
     "anatomy": 0.74,
     "colours": 0.76,
-    "hidden_flaw": 0.24,
+    "hidden_flaw": 0.16,
     "whole_prompt": 0.47,
 }
 _LETTERS = "ABCDEF"
-_NUMBERS = ("none", "one", "two", "three")
+_HOW_MANY = ("none", *NUMBERS)
 
 
 @cache
@@ -81,13 +82,10 @@ def ask(
 ) -> list[tuple[Question, str, float]]:
     """`number` questions that count for this picture, their answers as to be written, and weights.
 
-    Half of them are about the description, which is hardest to learn. The rarer of yes and no weighs more.
+    The rarer of yes and no weighs more.
     """
     truths = answers(shown, flaw, asked)
-    compared = ["class_visible", "colours", "whole_prompt"]
-    others = [name for name in truths if name not in compared]
-    few = number // 2
-    names = [*rng.permutation(compared)[:few], *rng.permutation(others)[: number - few]]
+    names = rng.permutation(list(truths))[:number]
     wordings = np.where(rng.random(len(names)) < SHARE_REWORDED, rng.integers(1, 3, size=len(names)), 0)
     return [
         (
@@ -110,7 +108,7 @@ def ask_simply(rng: np.random.Generator, shown: Scene, flaw: str) -> tuple[Quest
     )
     number = 0 if flaw == "no_animal" else shown.count + (flaw == "neighbour")
     if name == "count":
-        truth, values = _NUMBERS[number], _NUMBERS
+        truth, values = _HOW_MANY[number], _HOW_MANY
     else:
         truth, values = getattr(shown, name), ATTRIBUTES[name]
         if not number and name != "place":
@@ -118,7 +116,7 @@ def ask_simply(rng: np.random.Generator, shown: Scene, flaw: str) -> tuple[Quest
     if not truth or rng.random() < 0.5:
         return *_predicate(rng, name, truth, values), 1.0
     if name == "count":
-        question = Question(name, "How many animals are there?", "score", _NUMBERS)
+        question = Question(name, "How many animals are there?", "score", _HOW_MANY)
     else:
         text = {
             "animal": "Which animal does the picture show?",

@@ -13,13 +13,17 @@ from torch import Tensor
 
 @dataclass
 class Row:
-    """Token ids and, of each: its branch, its position, the token to learn next (-1: none), its weight."""
+    """Token ids and, of each: its branch, its position, the token to learn next (-1: none), its weight.
+
+    `truth` says of a word about the picture whether it is true (1) or not (0); of any other token it is -1.
+    """
 
     tokens: list[int] = field(default_factory=list)
     branch: list[int] = field(default_factory=list)
     position: list[int] = field(default_factory=list)
     target: list[int] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)
+    truth: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)  # of each branch
     ends: list[int] = field(default_factory=list)  # of each branch, the position after it
 
@@ -37,6 +41,7 @@ class Row:
         self.position += range(start, start + len(whole))
         self.target += targets
         self.weight += [weight] * len(whole)
+        self.truth += [-1] * len(whole)
         self.parents.append(parent)
         self.ends.append(start + len(whole))
         return number
@@ -51,6 +56,7 @@ class Batch:
     seen: Tensor  # (n, 1, s, s), True where a token sees another
     target: Tensor  # (n, s), -1 where nothing is learned
     weight: Tensor  # (n, s)
+    truth: Tensor  # (n, s), -1 where nothing is said of the picture
 
 
 def collate(rows: list[Row], padding: int) -> Batch:
@@ -76,4 +82,5 @@ def collate(rows: list[Row], padding: int) -> Batch:
         seen=(seen & torch.ones(size, size, dtype=torch.bool).tril())[:, None],
         target=padded([row.target for row in rows], -1),
         weight=padded([row.weight for row in rows], 0.0),
+        truth=padded([row.truth for row in rows], -1),
     )

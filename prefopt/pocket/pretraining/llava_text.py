@@ -12,12 +12,13 @@ from transformers.models.clip import CLIPImageProcessor
 
 from prefopt.judges.decision import request
 from prefopt.judges.questions import Case, Question
-from prefopt.pocket.world import SIZE
+from prefopt.pocket.world import ATTRIBUTES, SIZE
 
 PATCH = 8
 IMAGE_TOKENS = (SIZE // PATCH) ** 2 + 1  # one for the whole picture, then the patches
 VOCABULARY = 1000
 DESCRIBE = "Describe this picture."
+NUMBERS = ("one", "two", "three")
 _SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<|system|>", "<|user|>", "<|assistant|>")
 
 # A turn is its role's token and its words; an answer is closed. `content` is a text, or texts and images.
@@ -89,6 +90,10 @@ class Words:
         self._questions: dict[Question, list[int]] = {}
         self._blank = Image.new("RGB", (SIZE, SIZE))
         self.picture = self._prompts("", self._probes)[0][: 2 + IMAGE_TOKENS]
+        self.values = {
+            name: [self._one(f" {word}") for word in (NUMBERS if name == "count" else values)]
+            for name, values in ATTRIBUTES.items()
+        }
 
     def _prompts(self, description: str, questions: tuple[Question, ...]) -> list[list[int]]:
         made = DecisionConfig().prepare_inputs(
@@ -110,6 +115,11 @@ class Words:
             start = len(self.picture) + len(self.description(""))
             self._questions[question] = self._prompts("", (question,))[0][start:]
         return self._questions[question]
+
+    def _one(self, word: str) -> int:
+        """The token of a word; every value of the world is learned as one."""
+        (token,) = self.text(word)
+        return token
 
     def text(self, text: str) -> list[int]:
         """Plain words."""
