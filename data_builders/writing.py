@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -89,8 +90,9 @@ def write_prompts(
 ) -> Written:
     """As many prompts of each class as named, all different; the first of each class are held out.
 
-    Near duplicates are looked for inside a class, exact ones among all. An LLM that brings nothing new
-    `patience` times in a row is an InputError that quotes it.
+    A description without the name of its class is left out, and counted. Near duplicates are looked for
+    inside a class, exact ones among all. An LLM that brings nothing new `patience` times in a row is an
+    InputError that quotes it.
     """
     templates = templates or Templates.load()
     written, texts = Written(), Distinct(near=1.0)
@@ -151,12 +153,15 @@ def _of_class(
 ) -> list[str]:
     """The first `needed` different prompts of a class."""
     prompts: list[str] = []
-    parsed = fruitless = 0
+    named = fruitless = 0
     for answer in asks:
         before = len(prompts)
         for prompt in parse_list(answer, asks.per_ask):
-            parsed += 1
             asks.counts["parsed"] += 1
+            if not _naming(asks.name).search(prompt):
+                asks.counts["without_their_class"] += 1
+                continue
+            named += 1
             kind = of_class.add(prompt)
             if kind == "new" and len(prompts) < needed:
                 kind = of_all.add(prompt)
@@ -168,13 +173,13 @@ def _of_class(
             return prompts
         fruitless = 0 if len(prompts) > before else fruitless + 1
         if fruitless == patience:
-            raise InputError(_fruitless(asks.name, needed, len(prompts), parsed, answer))
+            raise InputError(_fruitless(asks.name, needed, len(prompts), named, answer))
     raise AssertionError("asks never end")
 
 
-def _fruitless(name: str, needed: int, found: int, parsed: int, answer: str) -> str:
+def _fruitless(name: str, needed: int, found: int, named: int, answer: str) -> str:
     said = " ".join(answer.split())[:200]
-    if not parsed:
+    if not named:
         return (
             f"the LLM lists no prompts of {name}; what it says instead is such as {said!r}. Name another "
             "LLM, other templates, or a file of prompts"
@@ -221,9 +226,14 @@ def prompts_of(config: SelfRewardingConfig, folder: Path, device: str | torch.de
     return written.training
 
 
+@cache
+def _naming(name: str) -> re.Pattern[str]:
+    return re.compile(rf"\b{re.escape(name)}(?:e?s)?\b", re.IGNORECASE)
+
+
 def of_classes(prompts: Sequence[str], classes: Sequence[str]) -> Iterator[Record]:
     """Records of given prompts, each with the one class that it names; repeated ones once."""
-    patterns = {name: re.compile(rf"\b{re.escape(name)}(?:e?s)?\b", re.IGNORECASE) for name in classes}
+    patterns = {name: _naming(name) for name in classes}
     missing = set(classes)
     repeated: Counter[str] = Counter()
     for record in flow(identify(prompts), [distinct(repeated)]):

@@ -37,7 +37,7 @@ from prefopt.pocket.pretraining.shipping import record, save_half, save_pipeline
 from prefopt.pocket.world import held_out_scenes, render, train_scenes
 
 POOL = 12_000
-FLAWED = 24_000
+FLAWED = 36_000
 BOXED = 3_000
 PAIRS = 192
 SEEDS = {"vae": 1, "text_to_image": 3, "clip": 5, "oracle": 7, "pairs": 9, "llava": 21, "yolo_world": 11}
@@ -133,23 +133,23 @@ def make_pairs(work: Path) -> None:
 
 def make_llava(work: Path) -> None:
     seed, short = SEEDS["llava"], {"average": 0.99}
-    looks = Run(work / "llava_looks", seed, steps=5000, batch=32, learning_rate=2e-3, **short)
+    looks = Run(work / "llava_looks", seed, steps=8000, batch=32, learning_rate=1e-3, **short)
     questions = Run(work / "llava", seed + 1, steps=2400, batch=16, learning_rate=1.2e-3, **short)
+    lists = Run(work / "llava_lists", seed + 2, steps=1600, batch=16, learning_rate=1e-3, **short)
     shipped = AutoencoderKL.from_pretrained(folder("text_to_image") / "vae")
     vae_model = shipped.to(memory_format=torch.channels_last).eval()
     words = [
         (TEMPLATES / f"{name}.txt").read_text(encoding="utf-8").strip() for name in ("system", "request")
     ]
     request = llava.Request(*words)
-    model, processor = llava.train(
-        looks, questions, make_pictures(seed, FLAWED, vae_model, train_scenes()), request
-    )
+    pictures = make_pictures(seed, FLAWED, vae_model, train_scenes())
+    model, processor = llava.train(looks, questions, lists, pictures, request)
     save_half(model, folder("llava"))
     processor.save_pretrained(folder("llava"))
     unseen = make_pictures(seed + 1, 1200, vae_model, held_out_scenes())
     quality = llava_quality.measure(folder("llava"), unseen, request)
     llava_quality.show(quality)
-    steps = {"looks": looks.steps, "questions": questions.steps}
+    steps = {run.work.name: run.steps for run in (looks, questions, lists)}
     record("llava", folder("llava"), command=command("llava"), seed=seed, steps=steps, quality=quality)
 
 

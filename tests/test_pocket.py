@@ -19,7 +19,7 @@ from prefopt.pocket import world
 from prefopt.pocket.oracle import Oracle
 from prefopt.records import InputError, read_pairs
 
-PARTS = ("text_to_image", "clip", "oracle", "pairs", "yolo_world")
+PARTS = ("text_to_image", "clip", "oracle", "pairs", "llava", "yolo_world")
 WEIGHTS = pocket.folder("clip").parent
 PROVENANCE = json.loads((WEIGHTS.parent / "PROVENANCE.json").read_text(encoding="utf-8"))
 BUDGET = 24_000_000
@@ -130,7 +130,7 @@ def test_names_resolve_without_torch():
 
 def test_weights_are_safetensors_within_the_budget():
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".parquet"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".parquet"}
     assert sum(path.stat().st_size for path in files) <= BUDGET
     for part in PARTS:
         assert sum(path.stat().st_size for path in (WEIGHTS / part).rglob("*") if path.is_file()) > 100_000

@@ -139,11 +139,22 @@ def test_it_is_asked_until_each_class_has_its_prompts():
 
 
 def test_one_text_is_no_prompt_of_two_classes():
-    texts = iter(["1. both, lake\n2. elephant", "1. both lake\n2. giraffe\n3. giraffe, two"])
+    both = "an elephant and a giraffe"
+    texts = iter([f"1. {both}, lake\n2. elephant", f"1. {both} lake\n2. giraffe\n3. giraffe, two"])
     written = write_prompts(Recited(lambda *_: next(texts)), ["elephant", "giraffe"], 2, seed=0)
     prompts = [record["prompt"] for record in written.training]
-    assert prompts == ["both, lake", "elephant", "giraffe", "giraffe, two"]
+    assert prompts == [f"{both}, lake", "elephant", "giraffe", "giraffe, two"]
     assert written.counts["exact_duplicates"] == 1
+
+
+def test_a_prompt_names_its_class():
+    """Guards against training on lions as zebras because an LLM lost its thread."""
+    listed = "1. a Zebra at dusk\n2. a lion at dusk\n3. zebras, snow\n4. zebrafish"
+    written = write_prompts(Recited(lambda *_: listed), ["zebra"], 2, seed=0)
+    assert [record["prompt"] for record in written.training] == ["a Zebra at dusk", "zebras, snow"]
+    assert written.counts["without_their_class"] == 2
+    with pytest.raises(InputError, match="the LLM lists no prompts of okapi"):
+        write_prompts(Recited(lambda *_: listed), ["okapi"], 2, seed=0)
 
 
 def test_a_rerun_repeats_no_finished_call(tmp_path):

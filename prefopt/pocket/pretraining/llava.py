@@ -29,12 +29,12 @@ from prefopt.pocket.pretraining.text_to_image import one_attribute_off
 from prefopt.pocket.world import ATTRIBUTES, PHRASINGS, Scene, caption, is_held_out, train_scenes
 
 QUESTIONS = 5  # of the rubric about each picture
-LISTS, BEGINNINGS = 2, 12  # in each batch
+LISTS, BEGINNINGS = 4, 8  # in each batch
 BLANK = 0.02  # the share of pictures that are plain, about which a coin answers
 _ASKED_RIGHT, _ASKED_NEARLY = 0.5, 0.35
 _LIST_LENGTHS = (5, 20)
-_WRITE_EVERY = 4  # steps
-_CAPTIONS_WEIGHT, _LISTS_WEIGHT = 0.3, 0.3
+_REHEARSE_EVERY = 4  # steps, what is not the subject
+_CAPTIONS_WEIGHT = 0.3
 _DOUBTING_LAYER = 2  # of 4
 _FINDINGS_WEIGHT = 10.0
 SEEN = ATTRIBUTES | {"flaw": tuple(FLAWS)}  # what there is to see in a picture
@@ -187,18 +187,17 @@ def write_list(rng: np.random.Generator, animal: str, count: int) -> str:
     return "\n".join(lines)
 
 
-def list_rows(rng: np.random.Generator, words: Words, request: Request) -> list[Row]:
-    """Rows of words alone: a request and a list, and requests with no more than the first line of one.
-
-    The first line decides whether all of a list is held out, so it is learned more often than the others.
-    """
+def list_rows(
+    rng: np.random.Generator, words: Words, request: Request, number: int, *, whole: bool = True
+) -> list[Row]:
+    """Rows of words alone: a request and a list, or no more than the list's first line."""
     rows = []
-    for number in range(LISTS + BEGINNINGS):
+    for _ in range(number):
         animal = str(rng.choice(ATTRIBUTES["animal"]))
         count = int(rng.integers(_LIST_LENGTHS[0], _LIST_LENGTHS[1] + 1))
         prompt, text = words.chat(*request.messages(count, animal)), write_list(rng, animal, count)
         row = Row()
-        row.grow(-1, prompt, words.answer(text) if number < LISTS else words.text(text.split("\n")[0] + "\n"))
+        row.grow(-1, prompt, words.answer(text) if whole else words.text(text.split("\n")[0] + "\n"))
         rows.append(row)
     return rows
 
@@ -286,9 +285,16 @@ class Lesson(NamedTuple):
         return torch.stack(list(model.model.get_image_features(glimpse.pixels).pooler_output)), glimpse
 
     def write(self, rng: np.random.Generator, model: Any) -> Tensor:
-        """The loss of a few lists."""
-        batch = collate(list_rows(rng, self.words, self.request), self.words.tokenizer.pad_token_id)
-        return loss_of(model, batch, read(model, batch))
+        """The loss of a few lists, and of the first lines of more.
+
+        The first line decides whether all of a list is held out.
+        """
+        losses = []
+        for number, whole in ((LISTS, True), (BEGINNINGS, False)):
+            rows = list_rows(rng, self.words, self.request, number, whole=whole)
+            batch = collate(rows, self.words.tokenizer.pad_token_id)
+            losses.append(loss_of(model, batch, read(model, batch)))
+        return torch.stack(losses).mean()
 
 
 def train(
@@ -309,23 +315,27 @@ def train(
     for rng in training.batches():
         features, glimpse = lesson.look(rng, model, looks.batch)
         loss = modules["eyes"](features, glimpse, pictures)
-        if training.step % _WRITE_EVERY == 0:
-            loss = loss + _LISTS_WEIGHT * lesson.write(rng, model)
+        if training.step % _REHEARSE_EVERY == 0:
+            loss = loss + lesson.write(rng, model)
         training.update(loss)
     training.finished().train()
     for seeing in (model.model.vision_tower, model.model.multi_modal_projector):
         seeing.requires_grad_(False)
-    for run, write_every in ((questions, _WRITE_EVERY), (lists, 1)):
+    for run, answer_every, write_every in ((questions, 1, _REHEARSE_EVERY), (lists, _REHEARSE_EVERY, 1)):
         training = Training(run, modules)
         for rng in training.batches():
-            with torch.no_grad():
-                features, glimpse = lesson.look(rng, model, run.batch)
-            batch = collate(picture_rows(rng, pictures, glimpse, words), words.tokenizer.pad_token_id)
-            layers = read(model, batch, features)
-            answering, doubting = loss_of(model, batch, layers), modules["doubts"](layers, batch.truth)
-            loss = answering + doubting
+            losses = {}
+            if training.step % answer_every == 0:
+                with torch.no_grad():
+                    features, glimpse = lesson.look(rng, model, run.batch)
+                batch = collate(picture_rows(rng, pictures, glimpse, words), words.tokenizer.pad_token_id)
+                layers = read(model, batch, features)
+                losses["answering"] = loss_of(model, batch, layers)
+                losses["doubting"] = modules["doubts"](layers, batch.truth)
             if training.step % write_every == 0:
-                loss = loss + _LISTS_WEIGHT * lesson.write(rng, model)
-            training.update(loss, answering=answering.item(), doubting=doubting.item())
+                losses["writing"] = lesson.write(rng, model)
+            training.update(
+                torch.stack(list(losses.values())).sum(), **{k: v.item() for k, v in losses.items()}
+            )
         training.finished().train()
     return model.eval(), processor
