@@ -33,6 +33,7 @@ from prefopt.detectors.loading import load_detector
 from prefopt.judges.endpoint import EndpointJudge
 from prefopt.judges.packed import load_judge
 from prefopt.judges.questions import Answer, Judge
+from prefopt.judges.reward import RewardJudge, check_questions, reward_type
 from prefopt.judges.rubric import Rubric
 from prefopt.records import InputError
 from prefopt.store import Ledger, content_key, writing
@@ -47,6 +48,9 @@ class Build:
         self.rubric = Rubric.load(config.rubric)
         self.classes = {prompt["prompt_id"]: prompt["class"] for prompt in prompts}
         self.work = folder / "work"
+        if not config.judge_url and reward_type(config.judge_model_name_or_path, config.judge_revision):
+            # Hours of drawing come before the first answer.
+            check_questions(config.judge_model_name_or_path, self.rubric.questions("", ""))
         if self.rubric.checks and config.detector == NONE:
             raise InputError(
                 f"--rubric {config.rubric}: {self.rubric.checks[0].name} is a detector's; name a --detector"
@@ -135,7 +139,8 @@ class Build:
     def groups(self) -> Iterator[list[Record]]:
         """The candidates of each prompt, judged, ranked and selected."""
         threshold = self.config.detection_threshold if self.detect else None
-        stages: list[Stage] = [rank_by_score, select_optimal(threshold)]
+        select = select_optimal(threshold, soft_decides=self.rubric.soft_decides)
+        stages: list[Stage] = [rank_by_score, select]
         rows = (self._judged(row) for block in range(self.blocks) for row in self.drawn.rows(block))
         return by_prompt(flow(rows, stages))
 
@@ -209,7 +214,7 @@ def judge_of(config: SelfRewardingConfig, device: torch.device) -> Judge:
         device=device,
         batch_size=config.judge_batch_size,
     )
-    settle(judge.respondent.model)
+    settle(judge.scorer.model if isinstance(judge, RewardJudge) else judge.respondent.model)
     return judge
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import combinations, pairwise
+from operator import itemgetter
 from typing import Literal
 
 from data_builders.stages import Record, Stage, by_prompt, drop, kept
@@ -26,29 +27,36 @@ def rank_by_score(records: Iterable[Record]) -> Iterator[Record]:
             yield record | {"rank": place}
 
 
-def select_optimal(threshold: float | None) -> Stage:
+def select_optimal(threshold: float | None, *, soft_decides: bool = False) -> Stage:
     """The stage that selects each prompt's optimal image, as arXiv 2405.13473 does.
 
     Of the best hard scores, all if they tie, the one with the most confident detection of its class; a prompt
-    without a detection over `threshold` yields none. `None`: no detector; the soft score decides.
+    without a detection over `threshold` yields none. `None`: no detector; the soft score decides. With
+    `soft_decides` it also does so among all that are detected: for rubrics whose hard score tells nothing.
     """
+    order = ("soft_score", "confidence") if soft_decides else ("confidence", "soft_score")
 
     def stage(records: Iterable[Record]) -> Iterator[Record]:
         for group in by_prompt(records):
             judged = [record for record in group if kept(record)]
-            tops = [judged[place] for place in best([r["hard_score"] for r in judged])] if judged else []
+            tops = judged
+            if judged and not soft_decides:
+                tops = [judged[place] for place in best([r["hard_score"] for r in judged])]
             found = [r for r in tops if threshold is None or r["confidence"] >= threshold]
-            optimal = max(found, key=lambda r: (r["confidence"], r["soft_score"])) if found else None
+            optimal = max(found, key=itemgetter(*order)) if found else None
             for record in group:
                 if not kept(record):
                     yield record | {"selected": False}
                 elif record is optimal:
                     yield record | {"selected": True}
                 else:
-                    reason = LOWER if not any(record is top for top in tops) else LESS_SURE
-                    yield drop(
-                        record | {"selected": False}, reason if found or reason == LOWER else UNDETECTED
-                    )
+                    if not any(record is top for top in tops):
+                        reason = LOWER
+                    elif not found or (soft_decides and not any(record is one for one in found)):
+                        reason = UNDETECTED
+                    else:
+                        reason = LOWER if soft_decides else LESS_SURE
+                    yield drop(record | {"selected": False}, reason)
 
     return stage
 

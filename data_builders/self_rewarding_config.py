@@ -51,7 +51,8 @@ class SelfRewardingConfig(DrawingConfig):
     )
 
     judge_model_name_or_path: str = field(
-        default="pocket", metadata={"help": "VLM that judges: a folder, a hub id or pocket."}
+        default="pocket",
+        metadata={"help": "Folder, hub id or pocket: a VLM, or for --rubric reward a reward model."},
     )
     judge_revision: str | None = field(default=None, metadata={"help": "Revision of the judge on the hub."})
     judge_url: str | None = field(

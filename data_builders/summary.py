@@ -101,7 +101,7 @@ Prompts for {classes}; {per_prompt} candidates of each. The judge answered the r
 candidate; clear answers make points, their sum is the hard score, and how sure the answers are makes the soft
 score{calibrated}.
 
-`sft`: of the best hard scores, the image on which {detector} is surest of the class (from {threshold}).
+`sft`: {optimal} (from {threshold}).
 `pairs` and `ranked`: by soft score; pairs by the rule `{pair_rule}`. Splits are by prompt.
 
 `candidates` has every image with its seed, answers, boxes, rank, and why it was not selected.
@@ -148,6 +148,9 @@ def card(settings: dict, summary: Summary, counts: Mapping[str, Mapping[str, int
         files = [f'  - split: {split}\n    path: "{name}/{split}-*.parquet"' for split in by_split]
         configs.append(f"- config_name: {name}\n  data_files:\n" + "\n".join(files))
     table = "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in summary.facts(counts).items())])
+    optimal = f"of the best hard scores, the image on which {settings['detector']} is surest of the class"
+    if summary.rubric.soft_decides:
+        optimal = f"the best soft score of the images on which {settings['detector']} finds the class"
     return CARD.format(
         configs="\n".join(configs),
         table=table,
@@ -157,7 +160,7 @@ def card(settings: dict, summary: Summary, counts: Mapping[str, Mapping[str, int
         per_prompt=settings["candidates"],
         rubric=settings["rubric"],
         calibrated=", less what it says about an empty image" if settings["calibrate"] else "",
-        detector=settings["detector"],
+        optimal=optimal,
         threshold=settings["detection_threshold"],
         pair_rule=settings["pair_rule"],
     )

@@ -54,6 +54,28 @@ def test_the_highest_score_is_ten_and_an_always_yes_judge_is_far_from_it():
     assert sum(RUBRIC.points(dict.fromkeys(NAMES, YES)).values()) == 4
 
 
+def test_log_odds_count_as_they_are_where_the_rubric_says_so(tmp_path):
+    """tanh is flat beyond 38: two images that a reward model tells apart would tie."""
+    rubric = Rubric.load("reward")
+    assert rubric.soft_decides and not RUBRIC.soft_decides
+    answers = [Answer({YES: 1.0, NO: math.exp(-r)}) for r in (60.0, 52.0)]
+    empty = {"preferred": Answer({YES: math.exp(-10), NO: 1.0})}
+    soft = [rubric.soft_points({"preferred": answer}, empty)["preferred"] for answer in answers]
+    assert soft == pytest.approx([70, 62]) and math.tanh(35) == math.tanh(31)
+    text = "- {name: a, polarity: negative, weight: 2, soft: log_odds, text: Ask}\n"
+    (tmp_path / "mine.yaml").write_text(text + "- {name: b, polarity: positive, text: Ask}\n")
+    mine = Rubric.load(str(tmp_path / "mine.yaml")).soft_points(dict.fromkeys("ab", sure(0.9)))
+    assert mine == pytest.approx({"a": -2 * math.log(9), "b": 0.8})
+
+
+def test_a_detector_s_check_needs_no_answer_about_an_empty_image(tmp_path):
+    text = "- {name: a, polarity: positive, text: Ask}\n- {name: b, polarity: positive, check: count}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    answers = {"a": sure(0.9), "b": Answer({YES: 1.0, NO: 0.0})}
+    soft = Rubric.load(str(tmp_path / "mine.yaml")).soft_points(answers, {"a": sure(0.9)})
+    assert soft == {"a": 0.0, "b": 1.0}
+
+
 def test_what_a_judge_says_of_an_empty_image_counts_nothing():
     """Guards against SRT2I's bias to yes: the soft score subtracts it, so an always-yes judge scores 0."""
     always = dict.fromkeys(NAMES, sure(0.95))
@@ -138,6 +160,11 @@ def test_a_rubric_that_cannot_be_is_an_error(tmp_path, items, message):
         ("- {name: a, text: Ask, polarity: positive, weight: -1}", "the weight is -1"),
         ("- {name: a, text: Ask, polarity: positive, wieght: 1}", "unknown entry 'wieght'"),
         ("- {name: a, text: Ask, polarity: positive, needs: b}", "needs is 'b'"),
+        ("- {name: a, text: Ask, polarity: positive, soft: logit}", "soft is 'logit'"),
+        (
+            "- {name: a, check: count, polarity: positive, soft: log_odds}",
+            "soft is 'log_odds'; it is tanh, or",
+        ),
         ("- !!python/object/apply:os.system [true]", "no rubric could be read"),
     ],
 )

@@ -35,8 +35,8 @@ def candidates(rows):
     return records
 
 
-def decided(rows, threshold=0.6):
-    return list(flow(candidates(rows), [rank_by_score, select_optimal(threshold)]))
+def decided(rows, threshold=0.6, **options):
+    return list(flow(candidates(rows), [rank_by_score, select_optimal(threshold, **options)]))
 
 
 def test_the_best_score_and_then_the_surest_detection():
@@ -59,6 +59,19 @@ def test_a_prompt_without_a_detection_yields_nothing_and_says_so():
 def test_without_a_detector_the_soft_score_decides():
     group = decided([(8, 7.0, 0.0), (8, 7.5, 0.0), (7, 9.0, 0.0)], threshold=None)
     assert [row["selected"] for row in group] == [False, True, False]
+
+
+def test_of_one_question_the_soft_score_decides_among_all_that_are_detected():
+    """A reward model's yes is everybody's: the surest detection would have chosen, whatever the reward."""
+    rows = [(1, 7.0, 0.9), (1, 9.0, 0.5), (1, 8.0, 0.7), (-1, -2.0, 0.99)]
+    group = decided(rows, soft_decides=True)
+    assert [row["selected"] for row in group] == [False, False, True, False]
+    assert [row.get("reject_reason", "") for row in group] == [LOWER, UNDETECTED, "", LOWER]
+    assert [row["selected"] for row in decided(rows)] == [True, False, False, False]
+    unseen = decided(rows, threshold=0.995, soft_decides=True)
+    assert [row["reject_reason"] for row in unseen] == [UNDETECTED] * 4
+    alone = decided([None, *rows], threshold=None, soft_decides=True)
+    assert [row["candidate"] for row in alone if row["selected"]] == [2]
 
 
 def test_dropped_candidates_keep_their_reason_and_have_no_rank():

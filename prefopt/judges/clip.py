@@ -1,4 +1,8 @@
-"""The CLIP score: 100 times the cosine of image and prompt embedding (arXiv 2104.08718, not clamped)."""
+"""CLIP and what is shaped like it: the CLIP score, and rewards in logits such as PickScore's.
+
+The CLIP score is 100 times the cosine of image and prompt embedding (arXiv 2104.08718, not clamped).
+PickScore (arXiv 2305.01569) is a CLIP trained on people's choices, its scale included.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +71,11 @@ class ClipScorer:
             text = torch.stack([self._text[prompt] for prompt in prompts[batch]])
             scores[batch] = (100 * (self._image_features(images[batch]) * text).sum(-1)).cpu().numpy()
         return scores
+
+    def rewards(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        """Rewards (n,) in logits: exp(logit_scale) times the cosine, as arXiv 2305.01569 has it."""
+        scale = self.model.logit_scale.detach().exp().item()
+        return self(images, prompts).astype(np.float64) / 100 * scale
 
     @torch.no_grad()
     def _image_features(self, images: Sequence[Image.Image]) -> Tensor:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from prefopt.judges.decision import DecisionJudge, Respondent
 from prefopt.judges.questions import Answer, Case, Question
+from prefopt.judges.reward import RewardJudge, reward_type
 from prefopt.records import InputError
 from prefopt.vlm.packed import Forked, fork, next_token_logits, unpackable
 
@@ -63,11 +64,19 @@ def load_judge(
     batch_size: int = 4,
     attn_implementation: str = "sdpa",
     bare_labels: bool = False,
-) -> PackedJudge | DecisionJudge:
+) -> PackedJudge | DecisionJudge | RewardJudge:
     """A judge of a folder, a hub id or `pocket`: packed if the model can be, else one question at a time.
 
-    The log says why not. `bare_labels` counts only `Yes` and `No` themselves, as DecisionPipeline does.
+    The log says why not. `bare_labels` counts only `Yes` and `No` themselves, as DecisionPipeline does. A
+    reward model becomes a RewardJudge, for which only device and batch size are to be chosen.
     """
+    if reward_type(model_name_or_path, revision):
+        if dtype != torch.float32:
+            raise InputError(
+                f"{model_name_or_path} is a reward model, which is run in float32, not in {dtype}: the "
+                "digits by which two images differ would be lost; leave --judge_dtype out"
+            )
+        return RewardJudge(model_name_or_path, revision, device=device, batch_size=batch_size)
     respondent = Respondent(
         model_name_or_path,
         revision,

@@ -4,7 +4,8 @@ A clear yes to a positive question and a clear no to a negative one are +weight,
 unclear answer ('Nan'), and a question whose need was answered no, are 0. The hard score is the sum. The soft
 score weighs how sure the judge is: the same sum with tanh(d / 2) in place of +-1, where d is the log-odds
 minus the judge's log-odds for the same question about an empty image, so that a judge that likes to say yes
-gains nothing by it.
+gains nothing by it. A question with `soft: log_odds` counts d itself: of a reward model the difference of two
+images is what it has to say, and tanh is flat where its rewards lie (judges/reward.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from prefopt.records import InputError
 RUBRICS = Path(__file__).with_name("rubrics")
 Polarity = Literal["positive", "negative"]
 Check = Literal["presence", "count", "colour"]  # what a detector answers, data_builders/checks.py
+Soft = Literal["tanh", "log_odds"]  # what is made of d
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Item:
     check: Check | None = None
     weight: float = 1.0
     needs: tuple[str, ...] = ()
+    soft: Soft = "tanh"
 
     @property
     def sign(self) -> int:
@@ -104,6 +107,11 @@ class Rubric:
         """The items that a detector answers."""
         return tuple(item for item in self.items if item.check is not None)
 
+    @property
+    def soft_decides(self) -> bool:
+        """Whether it has one question, so that the hard score tells yes from no and little else."""
+        return len(self.items) == 1
+
     def points(self, verdicts: Mapping[str, str | None]) -> dict[str, float]:
         """Points by question, in the rubric's order, of the answers yes, no or None (unclear)."""
         return self._points(
@@ -113,11 +121,16 @@ class Rubric:
     def soft_points(
         self, answers: Mapping[str, Answer], empty: Mapping[str, Answer] | None = None
     ) -> dict[str, float]:
-        """Points in -weight..weight by question: how much surer the answers are than about nothing."""
-        strength = {
-            name: tanh((answer.log_odds - (empty[name].log_odds if empty else 0.0)) / 2)
-            for name, answer in answers.items()
-        }
+        """Points by question: how much surer the answers are than about nothing.
+
+        They lie in -weight..weight, but for `soft: log_odds`, which has no bounds. What `empty` has no answer
+        to, as the detector's checks, counts as it is.
+        """
+        nothing = {name: answer.log_odds for name, answer in (empty or {}).items()}
+        strength = {name: answer.log_odds - nothing.get(name, 0.0) for name, answer in answers.items()}
+        for item in self.items:
+            if item.soft == "tanh" and item.name in strength:
+                strength[item.name] = tanh(strength[item.name] / 2)
         return self._points(strength, {name: answer.verdict for name, answer in answers.items()})
 
     def _points(self, strength: Mapping[str, float], verdicts: Mapping[str, str | None]) -> dict[str, float]:
@@ -143,7 +156,7 @@ def best(scores: Sequence[float]) -> list[int]:
 
 
 def _item(entry: Any, where: str) -> Item:
-    known = ("name", "text", "check", "polarity", "weight", "needs")
+    known = ("name", "text", "check", "polarity", "weight", "needs", "soft")
     if not isinstance(entry, dict):
         raise InputError(f"{where} is {entry!r}, not a mapping with name, text and polarity")
     if unknown := sorted(set(map(str, entry)) - set(known)):
@@ -162,4 +175,7 @@ def _item(entry: Any, where: str) -> Item:
         raise InputError(f"{where} ({name}): the weight is {weight!r}; it is a number above 0")
     if not isinstance(needs, list) or not all(isinstance(need, str) for need in needs):
         raise InputError(f"{where} ({name}): needs is {needs!r}; it is a list of names")
-    return Item(name, entry["polarity"], text, check, float(weight), tuple(needs))
+    soft = entry.get("soft", "tanh")
+    if soft not in get_args(Soft) or (check and soft != "tanh"):
+        raise InputError(f"{where} ({name}): soft is {soft!r}; it is tanh, or for a text also log_odds")
+    return Item(name, entry["polarity"], text, check, float(weight), tuple(needs), soft)
