@@ -131,7 +131,8 @@ class Build:
         identities = {phase.name: phase.identity for phase in self.phases}
         said = write_build(self.folder, asdict(config), identities, summary, counts, run)
         if config.gallery:
-            write_gallery(self.folder, self.groups(), title=self.folder.name, facts=summary.facts(counts))
+            title = f"Candidates: {', '.join(config.classes)}"
+            write_gallery(self.folder, self.groups(), title=title, facts=summary.facts(counts))
         if config.push_to_hub:
             push(self.folder, config.push_to_hub)
         return said

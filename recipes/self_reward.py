@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from accelerate.commands.config.config_args import default_config_file
+
 from prefopt.cli import run
 from prefopt.records import InputError
 from prefopt.store import alone, write_atomically
@@ -133,9 +135,12 @@ def step(name: str, command: list[str], folder: Path, processes: int) -> None:
 
 
 def launcher(processes: int) -> list[str]:
-    """accelerate's launcher, of the Python that runs this."""
+    """accelerate's launcher, of the Python that runs this, with its own config file if there is one."""
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    return [*launch, "--num_processes", str(processes)]
+    launch += ["--num_processes", str(processes)]
+    if not Path(default_config_file).is_file():  # its defaults, or it warns of each
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return launch
 
 
 if __name__ == "__main__":

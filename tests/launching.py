@@ -71,15 +71,22 @@ class Launch:
 def launch(
     script: str, options: dict[str, Any], output: Path, hook: Callable[[], None] | None = None
 ) -> Launch:
-    """Start `python script --option value ...`, None being a bare flag; `hook` runs there before it."""
-    arguments = [part for name, value in options.items() for part in _flag(name, value)]
-    process = FORKS.Process(target=_main, args=(str(ROOT / script), arguments, str(output), hook))
+    """Start `python script --option value ...`, None being a bare flag; `hook` runs there before it.
+
+    A list is an option of several values.
+    """
+    process = FORKS.Process(target=_main, args=(str(ROOT / script), arguments(options), str(output), hook))
     process.start()
     return Launch(process, output)
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    return [f"--{name}"] if value is None else [f"--{name}", str(value)]
+def arguments(options: dict[str, Any]) -> list[str]:
+    """The options as words."""
+    words = []
+    for name, value in options.items():
+        values = [] if value is None else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
 
 
 def _main(script: str, arguments: list[str], output: str, hook: Callable[[], None] | None) -> None:

@@ -13,7 +13,7 @@ from math import exp, log
 import pytest
 from PIL import Image
 from servers import Scripted, TransformersServe, chat
-from tiny_vlm import picture, tiny_judge
+from tiny_vlm import picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.decision.configuration_utils import DecisionConfig
 from transformers.decision.template_utils import DECISION_PROMPT
@@ -21,7 +21,7 @@ from transformers.decision.template_utils import Question as Parsed
 from transformers.pipelines import DecisionPipeline
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from prefopt import endpoint
+from prefopt import endpoint, pocket
 from prefopt.endpoint import Endpoint, in_parallel, retry_after
 from prefopt.judges.dialects import CERTAIN, read_text, read_tokens, words
 from prefopt.judges.endpoint import EndpointJudge
@@ -47,8 +47,8 @@ def _no_key(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> str:
-    return tiny_judge(tmp_path_factory.mktemp("llava"))
+def llava() -> str:
+    return str(pocket.folder("llava"))
 
 
 @pytest.fixture(scope="module")
