@@ -1,12 +1,15 @@
 """The self-rewarding loop: what each step is told, and that a finished step is not repeated."""
 
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from data_builders.self_rewarding_config import SelfRewardingConfig
+from prefopt.cli import parse
 from prefopt.records import InputError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -20,6 +23,23 @@ def recipe():
     specification.loader.exec_module(module)
     yield module
     del sys.modules["self_reward"]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((RECIPES / "configs").glob("self_reward_build_*.yaml")), ids=lambda file: file.stem
+)
+def test_every_builder_preset_is_understood(file):
+    settings = parse(SelfRewardingConfig, ["--config", str(file)])
+    assert all(getattr(settings, name) == value for name, value in yaml.safe_load(file.read_text()).items())
+
+
+@pytest.mark.parametrize(
+    "file", sorted((RECIPES / "configs").glob("self_reward_compare_*.yaml")), ids=lambda file: file.stem
+)
+def test_every_comparison_preset_is_understood(file):
+    compare = runpy.run_path(str(RECIPES / "compare_text_to_image.py"))["CompareConfig"]
+    settings = parse(compare, ["--config", str(file)])
+    assert all(getattr(settings, name) == value for name, value in yaml.safe_load(file.read_text()).items())
 
 
 def option(command, name):
