@@ -1,7 +1,6 @@
 """The self-rewarding loop: what each step is told, and that a finished step is not repeated."""
 
 import importlib.util
-import runpy
 import sys
 from pathlib import Path
 
@@ -15,13 +14,18 @@ from prefopt.records import InputError
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
+def load(name):
+    """A recipe as a module; nothing imports them otherwise."""
+    specification = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def recipe():
-    specification = importlib.util.spec_from_file_location("self_reward", RECIPES / "self_reward.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["self_reward"] = module
-    specification.loader.exec_module(module)
-    yield module
+    yield load("self_reward")
     del sys.modules["self_reward"]
 
 
@@ -37,8 +41,7 @@ def test_every_builder_preset_is_understood(file):
     "file", sorted((RECIPES / "configs").glob("self_reward_compare_*.yaml")), ids=lambda file: file.stem
 )
 def test_every_comparison_preset_is_understood(file):
-    compare = runpy.run_path(str(RECIPES / "compare_text_to_image.py"))["CompareConfig"]
-    settings = parse(compare, ["--config", str(file)])
+    settings = parse(load("compare_text_to_image").CompareConfig, ["--config", str(file)])
     assert all(getattr(settings, name) == value for name, value in yaml.safe_load(file.read_text()).items())
 
 
