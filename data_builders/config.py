@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from data_builders.sources import Source
@@ -38,6 +39,7 @@ class DrawingConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "num_inference_steps", "batch_size", "block_size", "shard_megabytes")
         at_least(self, 2, "candidates")
+        there(self, "model_name_or_path", "adapter")
         if not 0 <= self.test_fraction < 1:
             raise InputError(f"--test_fraction is {self.test_fraction}; it lies in [0, 1)")
         for name in ("height", "width"):
@@ -55,6 +57,15 @@ class DrawingConfig:
             self.adapter_scale,
             self.dtype,
         )
+
+
+def there(config: object, *names: str) -> None:
+    """InputError if one of these options is a path, not a hub id, and nothing is there."""
+    for name in names:
+        value = getattr(config, name) or ""
+        is_path = value.startswith((".", "/", "~")) or value.count("/") > 1
+        if is_path and not Path(value).exists():
+            raise InputError(f"--{name}: there is no {value}")
 
 
 def at_least(config: object, smallest: float, *names: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from data_builders.config import DrawingConfig, at_least
+from data_builders.config import DrawingConfig, at_least, there
 from data_builders.selection import PairRule
+from prefopt.judges.rubric import Rubric
 from prefopt.records import InputError
 
 ExportName = Literal["sft", "pairs", "ranked", "pickapic", "imagefolder"]
@@ -97,6 +98,11 @@ class SelfRewardingConfig(DrawingConfig):
         super().__post_init__()
         at_least(self, 1, "prompts_per_class", "judge_batch_size", "max_pairs_per_prompt")
         at_least(self, 0, "held_out_per_class", "min_margin", "temperature")
+        # Hours of writing and drawing come before these are read.
+        if not self.judge_url:
+            there(self, "judge_model_name_or_path")
+        there(self, "writer_model_name_or_path", "detector", "prompts")
+        Rubric.load(self.rubric)
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise InputError(f"--classes is {self.classes}; name one or more, each once")
         for name in ("detection_threshold", "top_p"):

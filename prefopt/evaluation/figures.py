@@ -119,7 +119,8 @@ def scale_curve(contrasts: Sequence[Mapping], scales: Sequence[float], metric: s
         axes.set_xlabel("LoRA scale")
         axes.set_ylabel(metric_name(metric) + (" (%)" if kind == "proportion" else ""))
         axes.grid(False, axis="x")
-    return _svg(figure, f"scale-{metric}", f"{metric_name(metric)} against LoRA scale")
+    system = contrasts[0]["system"].rpartition(" at ")[0]
+    return _svg(figure, f"scale-{metric}", f"{system}: {metric_name(metric)} against LoRA scale")
 
 
 def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Drawing]:

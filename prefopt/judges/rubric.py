@@ -67,7 +67,7 @@ class Rubric:
                 if need not in by_name:
                     raise InputError(
                         f"the rubric {self.name}: {item.name} needs {need!r}, which is none of its "
-                        f"questions are {', '.join(by_name)}"
+                        f"questions; they are {', '.join(by_name)}"
                     )
         try:
             order = tuple(TopologicalSorter({i.name: i.needs for i in self.items}).static_order())
