@@ -313,6 +313,7 @@ def test_without_arguments_the_pocket_draws_160_of_its_captions():
     ],
 )
 def test_an_option_out_of_range_is_named(tmp_path, changes, message):
+    (tmp_path / "sd").mkdir()
     with pytest.raises(InputError, match=message):
         settings(tmp_path, "bad", **changes)
 

@@ -343,3 +343,9 @@ def test_a_checkpoint_that_holds_more_is_refused_and_not_run(clip, tmp_path):
         assert done.returncode == 2 and f"error: {tmp_path / name} " in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "folder").exists()
+
+
+def test_ultralytics_leaves_pil_and_torch_as_they_are():
+    """Guards against a picture that cannot be read setting off the installation of a package."""
+    yolo_world.ultralytics_tasks()
+    assert Image.open.__module__ == "PIL.Image" and torch.save.__module__ == "torch.serialization"

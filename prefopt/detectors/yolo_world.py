@@ -78,10 +78,14 @@ class YoloWorldSettings:
 
 @cache
 def ultralytics_tasks() -> Any:
-    """`ultralytics.nn.tasks`, imported offline, quiet, with its settings in a folder that goes at exit."""
+    """`ultralytics.nn.tasks`, imported offline, quiet, with its settings in a folder that goes at exit.
+
+    What it puts in place of PIL's and torch's own functions is undone: its `Image.open` would install a
+    package where a picture cannot be read.
+    """
     scratch = tempfile.mkdtemp(prefix="ultralytics-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    environment = dict(os.environ)
+    environment, image_open, torch_save = dict(os.environ), Image.open, torch.save
     os.environ.update(
         YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false", YOLO_CONFIG_DIR=scratch
     )
@@ -96,6 +100,7 @@ def ultralytics_tasks() -> Any:
             "google/owlv2-base-patch16-ensemble) needs nothing more"
         ) from error
     finally:
+        Image.open, torch.save = image_open, torch_save
         os.environ.clear()
         os.environ.update(environment)
 
