@@ -45,18 +45,16 @@ def select_optimal(threshold: float | None, *, soft_decides: bool = False) -> St
             found = [r for r in tops if threshold is None or r["confidence"] >= threshold]
             optimal = max(found, key=itemgetter(*order)) if found else None
             for record in group:
-                if not kept(record):
-                    yield record | {"selected": False}
-                elif record is optimal:
-                    yield record | {"selected": True}
+                if record is optimal or not kept(record):
+                    yield record | {"selected": record is optimal}
+                    continue
+                if not any(record is top for top in tops):
+                    reason = LOWER
+                elif not found or (soft_decides and not any(record is one for one in found)):
+                    reason = UNDETECTED
                 else:
-                    if not any(record is top for top in tops):
-                        reason = LOWER
-                    elif not found or (soft_decides and not any(record is one for one in found)):
-                        reason = UNDETECTED
-                    else:
-                        reason = LOWER if soft_decides else LESS_SURE
-                    yield drop(record | {"selected": False}, reason)
+                    reason = LOWER if soft_decides else LESS_SURE
+                yield drop(record | {"selected": False}, reason)
 
     return stage
 

@@ -10,7 +10,7 @@ A system is `name=path`, the path a LoRA folder or a whole pipeline; a bare name
 set against the first. You should see a table of means, and in --output_dir report.html, summary.json,
 results.jsonl. The same command again draws nothing twice.
 
-Left out: human-preference scorers (PickScore, HPS). `compare` takes any callable that scores images.
+--clip_model_name_or_path takes PickScore, too, whose score is then 100 times its cosine.
 """
 
 from __future__ import annotations

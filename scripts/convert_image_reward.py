@@ -1,9 +1,10 @@
-"""Makes a judge's folder of the published ImageReward weights: convert_image_reward.py ImageReward.pt FOLDER
+"""Makes a judge's folder of ImageReward's weights: convert_image_reward.py ImageReward.safetensors FOLDER
 
-A .pt is a pickle, which can run any code when it is read. This reads it with `weights_only=True`, so that
-anything but tensors in it is an error. The .pt is the one of THUDM/ImageReward on the hub; BLIP's two
-projections in it, which the reward does not use, are left out. `--tokenizer` is the one that BLIP was trained
-with; its files are kept in the folder, so that nothing else is needed later.
+What THUDM/ImageReward publishes is a .pt, a pickle, which can run any code when it is read; nothing here
+reads one. Its tensors, under the names they have there, are to be saved as safetensors first, by whoever
+trusts the file or by a converter of the hub. BLIP's two projections among them, which the reward does not
+use, are left out. `--tokenizer` is the one that BLIP was trained with; its files are kept in the folder, so
+that nothing else is needed later.
 """
 
 import argparse
@@ -11,10 +12,10 @@ import re
 import sys
 from math import isqrt
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPImageProcessorPil
 
@@ -38,16 +39,13 @@ NAMES = (  # BLIP's, which its image encoder has from timm -> transformers'
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pt; InputError for a file that is none or holds more."""
-    if path.suffix != ".pt" or not path.is_file():
-        raise InputError(f"{path} is no .pt file here; nothing is fetched")
+    """The tensors of a file; InputError for a pickle, and for what cannot be read."""
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path} is no .safetensors file; save its tensors as one first, a .pt is not read")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as weights alone: {error}") from error
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise InputError(f"{path} holds a {type(weights).__name__} that is not tensors by name")
-    return weights
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:

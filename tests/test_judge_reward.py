@@ -190,9 +190,11 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rewards")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder / "tokenizer")
-    torch.save(published(), folder / "ImageReward.pt")
+    save_file(published(), folder / "ImageReward.safetensors")
     with pytest.MonkeyPatch.context() as patched:
-        assert converted(folder / "ImageReward.pt", folder / "blip", folder / "tokenizer", patched) == 0
+        assert (
+            converted(folder / "ImageReward.safetensors", folder / "blip", folder / "tokenizer", patched) == 0
+        )
     tiny.tiny_clip(folder / "clip")
     return folder
 
@@ -326,23 +328,23 @@ def test_a_checkpoint_that_is_no_image_reward_is_refused_and_not_run(
     weights = published()
     torch.save({"state": Trap(tmp_path / "sprung")}, tmp_path / "trap.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Trap(tmp_path / "sprung"), protocol=2))
-    torch.save({"model": weights}, tmp_path / "wrapped.pt")
-    torch.save({"mlp.layers.0.weight": torch.zeros(1, 2)}, tmp_path / "part.pt")
-    torch.save(weights | {"blip.text_decoder.bias": torch.zeros(1)}, tmp_path / "more.pt")
+    torch.save({"state": Trap(tmp_path / "sprung")}, tmp_path / "named.safetensors")
+    save_file({"mlp.layers.0.weight": torch.zeros(1, 2)}, tmp_path / "part.safetensors")
+    save_file(weights | {"blip.text_decoder.bias": torch.zeros(1)}, tmp_path / "more.safetensors")
     messages = {
-        "trap.pt": "cannot be read as weights alone",
-        "plain.pt": "cannot be read as weights alone",
-        "wrapped.pt": "that is not tensors by name",
-        "part.pt": "are not those of an ImageReward",
-        "more.pt": "text_decoder",
-        "missing.pt": "no .pt file here",
+        "trap.pt": "a .pt is not read",
+        "plain.pt": "a .pt is not read",
+        "named.safetensors": "cannot be read as safetensors",
+        "part.safetensors": "are not those of an ImageReward",
+        "more.safetensors": "text_decoder",
+        "missing.safetensors": "cannot be read as safetensors",
     }
     for name, message in messages.items():
         assert converted(tmp_path / name, tmp_path / "folder", workplace / "tokenizer", monkeypatch) == 2
         said = capsys.readouterr().err
         assert f"{tmp_path / name} " in said and message in said, said
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "folder").exists()
-    source = workplace / "ImageReward.pt"
+    source = workplace / "ImageReward.safetensors"
     assert converted(source, tmp_path / "folder", tmp_path / "nowhere", monkeypatch) == 2
     assert f"--tokenizer {tmp_path / 'nowhere'} cannot be read" in capsys.readouterr().err
 
@@ -384,7 +386,7 @@ def test_no_cases_and_no_questions(clip):
 
 def test_what_is_no_reward_model_is_named(workplace, tmp_path):
     with pytest.raises(InputError, match=r"ImageReward\.pt is a pickle.*convert_image_reward\.py"):
-        load_judge(str(workplace / "ImageReward.pt"))
+        load_judge("ImageReward.pt")
     with pytest.raises(InputError, match=r"float32, not in torch\.bfloat16"):
         load_judge(str(workplace / "clip"), dtype=torch.bfloat16)
     with pytest.raises(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import data_builders
 from data_builders.listing import parse_list
 from data_builders.writers import LocalWriter
+from data_builders.writing import Templates
 from prefopt import pocket
 from prefopt.judges.packed import PackedJudge, load_judge
 from prefopt.judges.questions import NO, YES, Answer, Case, Question
@@ -158,12 +157,9 @@ def test_choices_and_scores_are_answered_too(judge):
 
 
 def test_it_writes_lists_of_prompts():
-    templates = Path(data_builders.__file__).parent / "templates"
-    system, request = (
-        (templates / f"{name}.txt").read_text(encoding="utf-8").strip() for name in ("system", "request")
-    )
-    request = request.replace("{count}", "10").replace("{class}", "giraffe")
-    prompts = parse_list(LocalWriter("pocket").write(system, request, seed=3), 10)
+    templates = Templates.load()
+    request = templates.request(0, "giraffe", 10)
+    prompts = parse_list(LocalWriter("pocket").write(templates.system, request, seed=3), 10)
     scenes = [world.parse(prompt) for prompt in prompts]
     assert len(set(scenes)) >= 9 and {scene.animal for scene in scenes} == {"giraffe"}
     assert not any(world.is_held_out(scene) for scene in scenes)

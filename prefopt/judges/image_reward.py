@@ -4,7 +4,7 @@ The text encoder attends to the image's patches in every layer; the head, linear
 them, turns the first token into one number, which is standardised by the published mean and deviation. (It
 was trained on the number itself: a difference of 1 here was one of 1.03 there.) A model is a folder with
 config.json, model.safetensors, preprocessor_config.json and the tokenizer's files, or such a repository on
-the hub; scripts/convert_image_reward.py makes one of the published .pt, a pickle, which is not read here.
+the hub; scripts/convert_image_reward.py makes one of the published tensors.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from prefopt.judges.packed import PackedJudge
 from prefopt.judges.questions import NO, YES, Case, Judge
 from prefopt.pocket.flaws import answers
 from prefopt.pocket.pretraining.common import to_images
-from prefopt.pocket.pretraining.llava import Request
+from prefopt.pocket.pretraining.llava_lessons import Request
 from prefopt.pocket.pretraining.llava_pictures import FlawedPictures
 from prefopt.pocket.pretraining.llava_questions import RUBRIC
 from prefopt.pocket.pretraining.llava_text import DESCRIBE
