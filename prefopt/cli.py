@@ -1,8 +1,8 @@
-"""The command line of a recipe: one dataclass is its flags, its YAML keys and its help.
+"""The command line of a recipe or builder: one dataclass is its flags, its YAML keys and its help.
 
 `--config file.yaml` gives values, flags win over them, an unknown option is an error in either. `--help`
-shows the recipe's own options and the training options people use; `--help-all` shows everything that
-transformers' Trainer takes.
+shows the program's own options and the training options people use; `--help-all` shows everything that
+transformers' Trainer takes. Nothing here imports a model library: a mistake is answered before any is loaded.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import diffusers
-import transformers
-from transformers import TrainingArguments
 from trl import TrlParser
 from yaml import YAMLError
 
-from prefopt.records import InputError
+from prefopt.errors import InputError
+from prefopt.files import exclusive_lock
 
 Config = TypeVar("Config")
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
@@ -60,18 +62,18 @@ class Parser(TrlParser):
     def print_help(self, file=None) -> None:
         """Print the options people use, or with --help-all every option."""
         if "--help-all" not in sys.argv:
-            shown = {field.name for field in _own_fields(self.config_class)} | COMMON_OPTIONS | {"help"}
+            shown = _own_fields(self.config_class) | COMMON_OPTIONS | {"help"}
             for action in self._actions:
                 if action.dest not in shown:
                     action.help = argparse.SUPPRESS
         super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, without a usage text of a hundred lines."""
+        """Raise what is wrong, without a usage text of a hundred lines."""
         raise InputError(message)
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
-        """Take a file's values as a flag's are taken: through the option's type, from among its choices."""
+        """Convert a file's values as a flag's are converted: by the option's type, checked by its choices."""
         for action in self._actions:
             value = values.get(action.dest)
             if value is None:
@@ -105,14 +107,22 @@ def parse(config_class: type[Config], arguments: list[str] | None = None) -> Con
 
 
 def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
-    """Parse the command line and call `main`; bad input ends in one message and exit code 2, Ctrl-C 130."""
+    """Parse the command line and call `main`; bad input ends in one message and exit code 2, Ctrl-C 130.
+
+    The folder `output_dir` is locked meanwhile, by the first of several processes.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "datasets", "huggingface_hub", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    for loading_bars in (diffusers.utils.logging, transformers.utils.logging):
-        loading_bars.disable_progress_bar()
+    # Of their own calls of what they renamed: nothing that a person running this could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|diffusers|peft|trl)\.")
+    first = int(os.environ.get("RANK", "0")) == 0
     try:
-        main(parse(config_class))
+        config: Any = parse(config_class)
+        with exclusive_lock(Path(config.output_dir)) if first else nullcontext():
+            if first:
+                print(f"{Path(sys.argv[0]).stem}: {_summary(config)}", file=sys.stderr, flush=True)
+            main(config)
     except InputError as error:
         logging.getLogger(__name__).debug("bad input", exc_info=True)
         sys.exit(_say(f"error: {error}", BAD_INPUT))
@@ -128,11 +138,21 @@ def _with_one_config(arguments: list[str]) -> list[str]:
     return words
 
 
+def _summary(config: Any) -> str:
+    """The first line of a run: its model and data, and where the results go."""
+    names = ("model_name_or_path", "dataset_name", "classes", "prompts")
+    values = [getattr(config, name, None) for name in names]
+    parts = [" ".join(map(str, v)) if isinstance(v, list) else str(v) for v in values if v]
+    return f"{', '.join(parts)} -> {config.output_dir}"
+
+
 def _say(message: str, code: int) -> int:
     print(message, file=sys.stderr, flush=True)
     return code
 
 
-def _own_fields(config_class: type) -> list[dataclasses.Field]:
-    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    return [field for field in dataclasses.fields(config_class) if field.name not in inherited]
+def _own_fields(config_class: type) -> set[str]:
+    """The options that a program declares beside transformers' own."""
+    base = next((c for c in config_class.__mro__ if c.__name__ == "TrainingArguments"), None)
+    inherited = {field.name for field in dataclasses.fields(base)} if base else set()
+    return {field.name for field in dataclasses.fields(config_class)} - inherited

@@ -1,14 +1,15 @@
-"""A model behind HTTP: JSON requests that outlast a busy server, a restarted one and a bad line.
+"""A model behind HTTP: JSON requests that survive a busy server, a restarted one and a bad line.
 
-Connection errors, timeouts, 429 and 5xx are tried again, after waits that double and vary (or as long as
+Connection errors, timeouts, 429 and 5xx are retried, after waits that double and vary (or as long as
 Retry-After asks); anything else is final. A server that has never answered gets two retries only, so that a
-wrong address is known at once. The API key comes from the environment alone: PREFOPT_API_KEY, or
-OPENAI_API_KEY. It is never logged, a message that quotes a server has it blotted out, and redirects are
-errors, so it reaches no other host.
+wrong address is known at once. An answer is bounded in time, however slowly its bytes come, and in size. The
+API key comes from the environment alone: PREFOPT_API_KEY, or OPENAI_API_KEY. It is never logged, it is
+removed from every message that quotes a server, and redirects are errors, so that it reaches no other host.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -19,10 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar, cast
+from urllib.parse import quote
 
 import httpx2
 
-from prefopt.records import InputError
+from prefopt.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ KEYS = ("PREFOPT_API_KEY", "OPENAI_API_KEY")
 ABSENT = (404, 405, 501)  # what a server says to a route that it does not have
 LONGEST_WAIT = 30.0  # seconds between two tries of a server that does not say how long
 LONGEST_OBEYED = 600.0  # seconds that a Retry-After may ask for
+_OF_THE_WIRE = ("content-encoding", "content-length", "transfer-encoding")  # not of the decoded answer
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,19 +47,27 @@ class Refused(InputError):
 
 
 class Unfit(InputError):
-    """An answer that does not have the form that was asked for."""
+    """An answer of another form than the one requested."""
 
 
 class Endpoint:
-    """A server's address, with or without `/v1` at its end, and how patiently it is asked.
+    """A server's address, with or without `/v1` at its end, and the patience with it.
 
-    `retries` is how often one request is tried again, `timeout` how many seconds an answer may take,
-    `first_wait` the seconds before the first retry.
+    `retries` is how often one request is retried, `timeout` the seconds that a whole answer may take,
+    `first_wait` the seconds before the first retry, `max_bytes` the largest answer.
     """
 
-    def __init__(self, url: str, *, retries: int = 10, timeout: float = 300.0, first_wait: float = 0.5):
+    def __init__(
+        self,
+        url: str,
+        *,
+        retries: int = 10,
+        timeout: float = 300.0,
+        first_wait: float = 0.5,
+        max_bytes: int = 64 * 2**20,
+    ):
         self.url = _checked(url)
-        self.retries = retries
+        self.retries, self.timeout, self.max_bytes = retries, timeout, max_bytes
         self.first_wait = first_wait
         self._key = _key()
         self._client = httpx2.Client(
@@ -68,12 +79,12 @@ class Endpoint:
         self._answered = False
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The JSON object that the server answers; Refused if it will not, InputError if it stays away."""
+        """The server's JSON answer; Refused after a final HTTP error, InputError if it cannot be reached."""
         url, tried = f"{self.url}{path}", 0
         while True:
             after = None
             try:
-                response = self._client.post(url, json=body)
+                response = self._response(url, body)
             except httpx2.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
             else:
@@ -85,17 +96,33 @@ class Endpoint:
                 problem, after = self._said(response), retry_after(response.headers.get("Retry-After"))
             if tried == (self.retries if self._answered else min(self.retries, 2)):
                 raise InputError(
-                    f"gave up on {url} after {tried + 1} tries; the last error was {self._blotted(problem)}. "
+                    f"gave up on {url} after {tried + 1} tries; the last error was "
+                    f"{self.without_key(problem)}. "
                     "Is the server running, and is this its address?"
                 )
             wait = min(LONGEST_WAIT, self.first_wait * 2**tried) * random.uniform(0.5, 1.0)
             tried += 1
-            logger.info("%s: %s; try %d follows", url, self._blotted(problem), tried + 1)
+            logger.info("%s: %s; try %d follows", url, self.without_key(problem), tried + 1)
             time.sleep(wait if after is None else min(after, LONGEST_OBEYED))
+
+    def _response(self, url: str, body: dict[str, Any]) -> httpx2.Response:
+        """The whole answer, or an error once it takes too long or grows too large."""
+        end, content = time.monotonic() + self.timeout, bytearray()
+        with self._client.stream("POST", url, json=body) as response:
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) > self.max_bytes:
+                    raise InputError(
+                        f"{url} answered more than {self.max_bytes} bytes; is it the right address?"
+                    )
+                if time.monotonic() > end:
+                    raise httpx2.ReadTimeout(f"no whole answer within {self.timeout:g} s")
+        headers = {k: v for k, v in response.headers.items() if k.lower() not in _OF_THE_WIRE}
+        return httpx2.Response(response.status_code, headers=headers, content=bytes(content))
 
     def _read(self, response: httpx2.Response, url: str) -> dict[str, Any]:
         if response.is_redirect:
-            target = response.headers.get("Location", "elsewhere")
+            target = self.without_key(response.headers.get("Location", "elsewhere"))
             raise Refused(
                 f"{url} redirects to {target}; name that address itself if you trust it", response.status_code
             )
@@ -105,7 +132,7 @@ class Endpoint:
             )
             raise Refused(f"{url} answered {self._said(response)}.{hint}", response.status_code)
         try:
-            answer = response.json()
+            answer = json.loads(self.without_key(response.text))  # which errors may quote
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
@@ -115,14 +142,19 @@ class Endpoint:
     def _said(self, response: httpx2.Response) -> str:
         """Status and the start of the body, in one line."""
         text = " ".join(response.text.split())
-        return self._blotted(f"{response.status_code} {response.reason_phrase}: {text}")[:400]
+        return self.without_key(f"{response.status_code} {response.reason_phrase}: {text}")[:400]
 
-    def _blotted(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+    def without_key(self, text: str) -> str:
+        """The text with the API key, as it is or as addresses and JSON spell it, replaced by `[key]`."""
+        for spelled in (
+            {self._key, quote(self._key, safe=""), json.dumps(self._key)[1:-1]} if self._key else ()
+        ):
+            text = text.replace(spelled, "[key]")
+        return text
 
 
 def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], concurrency: int) -> list[Result]:
-    """What `work` makes of each item, in order; after a first error no further item is begun."""
+    """The results of `work` for each item, in order; after a first error no further item is started."""
     errors: list[BaseException] = []
 
     def unless_failed(item: Item) -> Result | None:
@@ -146,16 +178,16 @@ def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], concurren
 
 
 def chat_text(body: Mapping[str, Any]) -> tuple[str, bool]:
-    """What a chat completion says, and whether it came to its end rather than to its longest length."""
+    """A chat completion's text, and whether it ended by itself, not at its longest length."""
     try:
         choice = body["choices"][0]
         return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
     except (KeyError, IndexError, TypeError) as error:
-        raise Unfit(f"no chat completion is {str(dict(body))[:200]}") from error
+        raise Unfit(f"{str(dict(body))[:200]} is no chat completion") from error
 
 
 def retry_after(header: str | None) -> float | None:
-    """The seconds that a Retry-After header asks for, as a number or a date; None if it says nothing."""
+    """The seconds of a Retry-After header, a number or a date; None without one."""
     if header is None:
         return None
     try:

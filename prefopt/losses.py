@@ -29,6 +29,11 @@ class Pair(NamedTuple):
         """Chosen minus rejected, (batch,)."""
         return self.chosen - self.rejected
 
+    @property
+    def stacked(self) -> Tensor:
+        """Both sides, (batch, 2)."""
+        return torch.stack(self, dim=1)
+
 
 class PreferenceLoss(NamedTuple):
     """What an objective returns."""
@@ -37,12 +42,15 @@ class PreferenceLoss(NamedTuple):
     rewards: Pair  # implicit rewards, beta * (score - reference score), detached
 
 
-def dpo_loss(policy: Pair, reference: Pair, *, beta: float, label_smoothing: float = 0.0) -> PreferenceLoss:
+def dpo_loss(
+    policy: Pair, reference: Pair, *, beta: float, label_smoothing: float | Tensor = 0.0
+) -> PreferenceLoss:
     """Direct preference optimization: -(1-e) log sigmoid(beta D) - e log sigmoid(-beta D), D the margin over
     the reference.
 
-    arXiv 2305.18290 eq. 7; `label_smoothing` e is the conservative variant, e in [0, 0.5). On diffusion
-    scores at one shared (timestep, noise) this is Diffusion-DPO, arXiv 2311.12908 eq. 14.
+    arXiv 2305.18290 eq. 7; `label_smoothing` e is the conservative variant: in [0, 0.5), or (batch,), 1 minus
+    the probability that the chosen is the better one. On diffusion scores at one shared (timestep, noise)
+    this is Diffusion-DPO, arXiv 2311.12908 eq. 14.
     """
     rewards = _rewards(policy, reference, beta)
     logits = rewards.margin
@@ -82,7 +90,7 @@ def cpo_loss(
     beta: float,
     chosen_nll: Tensor,
     likelihood_weight: float = 1.0,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Tensor = 0.0,
 ) -> PreferenceLoss:
     """Contrastive preference optimization: DPO without a reference, plus the likelihood of the chosen; arXiv
     2401.08417 eq. 6.

@@ -3,7 +3,7 @@
 | table      | columns                                                            |
 |------------|--------------------------------------------------------------------|
 | sft        | prompt, image                                                      |
-| pairs      | prompt, chosen, rejected, optionally margin                        |
+| pairs      | prompt, chosen, rejected, optionally margin, p_chosen              |
 | pickapic   | caption, jpg_0, jpg_1, label_0, label_1 (read as pairs)            |
 | imagefolder| file_name (or chosen_file_name, rejected_file_name), text          |
 
@@ -14,7 +14,7 @@ run.
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from datasets import Dataset
@@ -30,6 +30,9 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_CACHE
 from pyarrow import ArrowException
+
+from prefopt.errors import InputError
+from prefopt.files import content_key, file_state
 
 # `prompt` under the names that other collections give it.
 PROMPT_NAMES = ("prompt", "caption", "text")
@@ -42,27 +45,34 @@ FACTS = datasets.Features(
         "prompt": datasets.Value("string"),
         "columns": datasets.List(datasets.Value("string")),
         "sha256": datasets.List(datasets.Value("string")),
+        "p_chosen": datasets.Value("float32"),
         "drop": datasets.Value("string"),
     }
 )
 
 
-class InputError(ValueError):
-    """Something the person running can mend; the message names both sides, the row, and what to do."""
+class Order(NamedTuple):
+    """What a row says of its images."""
+
+    columns: tuple[str, ...]  # of images, from best to worst
+    drop: str = ""  # why the row is not used; empty if it is
+    p_chosen: float | None = None  # how likely the first is the better one
 
 
 @dataclass
 class Table:
     """A checked table: the rows that can be trained on, and how many were dropped for which reason.
 
-    `facts` has a row for each kept one: its number in `rows`, its prompt, and the names and SHA-256 of its
-    image columns from best to worst. The images themselves stay where they are, encoded.
+    `facts` has a row for each row that is used: its number in `rows`, its prompt, the names and SHA-256 of
+    its image columns from best to worst, and p_chosen if the table has it. The images stay where they are,
+    encoded.
     """
 
     source: str
     rows: Dataset
     facts: Dataset
     dropped: Counter[str] = field(default_factory=Counter)
+    soft_labels: bool = False  # whether the rows have p_chosen
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -103,6 +113,7 @@ def read_pairs(
     table of nothing but ties, a missing column, a pair with one image or a prompt that is no text is an
     InputError.
     """
+    source = table_folder(source, config)
     rows = load(source, split=split, config=config, revision=revision)
     if set(PICKAPIC) <= set(rows.column_names):
         return _checked(rows, source, PICKAPIC[:2], _pickapic_order)
@@ -113,9 +124,30 @@ def read_sft(
     source: str, *, split: str = "train", config: str | None = None, revision: str | None = None
 ) -> Table:
     """Prompts with one image each, of a folder or a hub id; a pairs table is read as its chosen images."""
+    source = table_folder(source, config)
     rows = load(source, split=split, config=config, revision=revision)
     column = "chosen" if "image" not in rows.column_names and "chosen" in rows.column_names else "image"
-    return _checked(rows, source, (column,), lambda row, where: ((column,), ""))
+    return _checked(rows, source, (column,), lambda row, where: Order((column,)))
+
+
+def table_folder(source: str, config: str | None) -> str:
+    """The folder that a configuration names in a local folder, as `pairs` of a builder's; else `source`."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    tables = sorted({path.relative_to(folder).parts[0] for path in folder.glob("*/*.parquet")})
+    if config:
+        if not (folder / config).is_dir():
+            raise InputError(
+                f"--dataset_config {config}: {source} has no such sub-folder; its tables are "
+                f"{', '.join(tables) or 'none'}"
+            )
+        return str(folder / config)
+    if (folder / "BUILD.json").is_file():
+        raise InputError(
+            f"{source} holds several tables; name one with --dataset_config: {', '.join(tables) or 'none'}"
+        )
+    return source
 
 
 def load(source: str, *, split: str, config: str | None, revision: str | None) -> Dataset:
@@ -158,10 +190,19 @@ def _load_folder(folder: Path, split: str) -> Dataset:
                 f"{folder}: no {kind} file of a split {split!r}; there are {[path.name for path in files]}"
             )
         if files:
-            return datasets.load_dataset(kind, data_files={split: list(map(str, of_split))}, split=split)
+            # The name is part of datasets' cache key, whose own clock is too coarse for a file's replacement.
+            name, paths = folder_state(folder)[:16], list(map(str, of_split))
+            return datasets.load_dataset(kind, name, data_files={split: paths}, split=split)
     if any(path.is_file() for path in folder.rglob("*")):
-        return _split(datasets.load_dataset("imagefolder", data_dir=str(folder)), folder, split)
+        found = datasets.load_dataset("imagefolder", folder_state(folder)[:16], data_dir=str(folder))
+        return _split(found, folder, split)
     raise InputError(f"{folder} is empty: no Parquet, Arrow or image files in it")
+
+
+def folder_state(folder: Path) -> str:
+    """A hash that changes with any file below a folder, the pictures that cells name by path among them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return content_key(json.dumps([[str(path.relative_to(folder)), *file_state(path)] for path in files]))
 
 
 def _names(path: Path, split: str) -> bool:
@@ -184,27 +225,29 @@ def _load_hub(source: str, split: str, config: str | None, revision: str | None)
         ) from error
 
 
-def _margin_order(row: dict, where: str) -> tuple[tuple[str, ...], str]:
-    """The image columns of a pair from best to worst, and why the row is dropped if it is."""
-    margin = row.get("margin")
+def _margin_order(row: dict, where: str) -> Order:
+    """The order of a pair's images."""
+    margin, p_chosen = row.get("margin"), row.get("p_chosen")
+    if "p_chosen" in row and not (isinstance(p_chosen, float | int) and 0 <= p_chosen <= 1):
+        raise InputError(f"{where} has the p_chosen {p_chosen!r}; it is a probability between 0 and 1")
     if margin is not None and not (isinstance(margin, Real) and math.isfinite(margin)):
         raise InputError(f"{where} has the margin {margin!r}; a margin is a finite number")
     if margin is not None and margin < 0:
         raise InputError(
             f"{where} has the margin {margin}: its rejected image scores higher than its chosen one"
         )
-    return ("chosen", "rejected"), "tie" if margin == 0 else ""
+    return Order(("chosen", "rejected"), "tie" if margin == 0 else "", p_chosen)
 
 
-def _pickapic_order(row: dict, where: str) -> tuple[tuple[str, ...], str]:
+def _pickapic_order(row: dict, where: str) -> Order:
     """The same for Pick-a-Pic: the higher label wins; a tie has the label 0.5 twice."""
     if not row.get("has_label", True):
-        return PICKAPIC[:2], "no label"
+        return Order(PICKAPIC[:2], "no label")
     left, right = row["label_0"], row["label_1"]
     for label in (left, right):
         if isinstance(label, bool) or not isinstance(label, Real) or not math.isfinite(label):
             raise InputError(f"{where} has the label {label!r}; labels are numbers: 0, 0.5 or 1")
-    return ("jpg_0", "jpg_1") if left > right else ("jpg_1", "jpg_0"), "tie" if left == right else ""
+    return Order(("jpg_0", "jpg_1") if left > right else ("jpg_1", "jpg_0"), "tie" if left == right else "")
 
 
 def _checked(rows: Dataset, source: str, images: tuple[str, ...], order: Callable) -> Table:
@@ -223,26 +266,32 @@ def _checked(rows: Dataset, source: str, images: tuple[str, ...], order: Callabl
                 raise InputError(f"{source}: the column {name!r} holds no images ({error})") from error
     inside = Path(source).resolve() if Path(source).is_dir() else None
 
-    def check(row: dict, index: int) -> dict:
+    def check(row: dict, index: int, files: str) -> dict:  # `files` is for datasets' cache key
         where = f"{source}: row {index}"
         if not isinstance(row[prompt], str):
             raise InputError(f"{where} has the prompt {row[prompt]!r}; a prompt is text")
-        columns, drop = order(row, where)
+        columns, drop, p_chosen = order(row, where)
         contents = [image_bytes(row[name], f"{where}, column {name}", inside) for name in columns]
-        hashes = [hashlib.sha256(content).hexdigest() for content in contents]
+        hashes = [content_key(content) for content in contents]
         if not drop and len(set(hashes)) < len(hashes):
             drop = "same image twice"
-        return {"row": index, "prompt": row[prompt], "columns": columns, "sha256": hashes, "drop": drop}
+        facts = {"row": index, "prompt": row[prompt], "columns": columns, "sha256": hashes}
+        return facts | {"p_chosen": p_chosen, "drop": drop}
 
     facts = rows.map(
-        check, with_indices=True, remove_columns=rows.column_names, features=FACTS, desc=f"checking {source}"
+        check,
+        with_indices=True,
+        fn_kwargs={"files": folder_state(inside) if inside else ""},
+        remove_columns=rows.column_names,
+        features=FACTS,
+        desc=f"checking {source}",
     )
     reasons = _column(facts, "drop")
     dropped = Counter(reason for reason in reasons if reason)
     kept = [index for index, reason in enumerate(reasons) if not reason]
     if not kept:
         raise InputError(f"{source}: none of its {len(rows)} rows can be used ({_reasons(dropped)})")
-    return Table(source, rows, facts.select(kept), dropped)
+    return Table(source, rows, facts.select(kept), dropped, soft_labels="p_chosen" in rows.column_names)
 
 
 def _column(facts: Dataset, name: str) -> list:

@@ -1,29 +1,109 @@
-"""Reference scores kept on disk: one float32 per candidate per visit, computed once.
+"""The reference that a policy is compared with: its adapters off, a frozen copy, or cached scores.
 
-A reference score is a property of (item, visit), because the draws are. It is therefore shared by every epoch
-that repeats a visit, every beta and every loss of a sweep over the same examples.
+With adapters the reference is the same module without them. It costs no second copy of the weights and starts
+exactly equal to the policy, so the first loss of DPO is ln 2 to the last digit, in every precision.
+
+A reference score is a property of (item, visit), because the draws are. One float32 per candidate per visit,
+computed once, is therefore shared by every epoch that repeats a visit, every beta and every loss of a sweep
+over the same examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from accelerate import PartialState
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from prefopt.adapters import POLICY, adapter_layers
-from prefopt.adapters import reference as adapters_off
-from prefopt.records import InputError
+from prefopt.adapters import POLICY, REFERENCE, adapter_layers
+from prefopt.errors import InputError
 from prefopt.store import TensorStore, tensors_key
 
-if TYPE_CHECKING:
-    from prefopt.trainer import PreferenceTrainer
-
 BLOCK = 64  # items of one entry: few enough to lose little when killed, many enough for small indices
+
+
+# The model
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model as it is now, which no training changes: the reference of full fine-tuning."""
+    return deepcopy(model).requires_grad_(False).eval()
+
+
+@contextmanager
+def reference_model(policy: nn.Module, frozen: nn.Module | None = None) -> Iterator[nn.Module]:
+    """The model that the policy is compared with: `frozen`, or the policy without its adapters.
+
+    A policy without adapters and without a frozen copy has no reference: a ValueError.
+    """
+    if frozen is not None:
+        yield frozen
+        return
+    if not adapter_layers(policy):
+        raise ValueError(
+            "the model has no adapters to switch off: give the trainer reference_model=frozen_copy(model)"
+        )
+    with adapters_off(policy) as model:
+        yield model
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with adapters off (or the one it started from on), without dropout.
+
+    Everything is put back on leaving, after an error too: which adapter is active, what requires a gradient,
+    which modules are in training mode.
+    """
+    layers = adapter_layers(model)
+    training = [module for module in model.modules() if module.training]
+    requires_grad = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    active = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
+    try:
+        model.eval()
+        for layer in layers:
+            if any(REFERENCE in getattr(layer, name) for name in layer.adapter_layer_names):
+                layer.set_adapter([REFERENCE])
+            else:
+                layer.enable_adapters(False)
+        yield model
+    finally:
+        for layer, names, disabled in active:
+            layer.set_adapter(names)
+            layer.enable_adapters(not disabled)
+        for parameter, required in requires_grad:
+            parameter.requires_grad_(required)
+        for module in training:
+            module.training = True
+
+
+# Cached scores
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """Examples, or a model, that say what their values depend on besides the weights."""
+
+    @property
+    def identity(self) -> Mapping[str, str]: ...
+
+
+@runtime_checkable
+class Located(Protocol):
+    """Examples that have names for error messages."""
+
+    def where(self, index: int, /) -> str: ...
+
+
+def where(examples: object, item: int) -> str:
+    """What an error calls an item of these examples."""
+    return examples.where(item) if isinstance(examples, Located) else f"item {item}"
 
 
 class CachedReference(Dataset):
@@ -31,7 +111,10 @@ class CachedReference(Dataset):
 
     def __init__(self, examples: Any, store: TensorStore):
         self.examples, self.store = examples, store
-        self.where = getattr(examples, "where", str)
+
+    def where(self, index: int) -> str:
+        """What an error calls the example `index`."""
+        return where(self.examples, index)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -42,71 +125,75 @@ class CachedReference(Dataset):
         return {**self.examples[index, visit], "reference": scores}
 
 
-def with_cached_reference(trainer: PreferenceTrainer, visits: int) -> CachedReference:
-    """The trainer's examples with the reference scores of the first `visits` visits, computed if not stored.
+def cache_reference(
+    examples: Any,
+    model: nn.Module,
+    score: Callable[[Mapping[str, Any]], Tensor],
+    *,
+    folder: Path,
+    visits: int,
+    precision: str,
+    loader: Mapping[str, Any],
+    batch_size: int,
+) -> CachedReference:
+    """The examples with the reference scores of their first `visits` visits, computed if not stored.
 
-    Call it before training: without adapters, the model's present weights are the reference.
+    `score(batch)` gives the reference's (batch, k); `loader` holds DataLoader's options. Examples that do not
+    say what they depend on are an InputError.
     """
-    examples, args = trainer.train_dataset, trainer.args
-    if not hasattr(examples, "identity"):
+    count = len(examples)
+    if not isinstance(examples, Identified):
         raise InputError(
             f"--reference cache: {type(examples).__name__} does not say what its examples depend on"
         )
-    state = {
+    weights = {
         name.replace(".base_layer", ""): value  # so that a sweep over the adapted layers shares the scores
-        for name, value in trainer.model.state_dict().items()
+        for name, value in model.state_dict().items()
         if f".{POLICY}." not in name
     }
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    described = getattr(trainer.model, "identity", {})  # what scores depend on besides the weights
-    identity = {
-        **examples.identity,
-        **described,
-        "reference weights": tensors_key(state),
-        "precision": precision,
-    }
-    folder = Path(args.cache_dir or Path(args.output_dir, "cache"), "reference")
-    store = TensorStore(folder, identity)
-    blocks = [(block, visit) for visit in range(visits) for block in range(-(-len(examples) // BLOCK))]
+    identity = {"reference weights": tensors_key(weights), "precision": precision}
+    if isinstance(model, Identified):
+        identity = {**model.identity, **identity}
+    store = TensorStore(folder, {**examples.identity, **identity})
+    blocks = [(block, visit) for visit in range(visits) for block in range(-(-count // BLOCK))]
+    state = PartialState()
     # Shares first: what is missing changes while other processes write.
-    mine = blocks[args.process_index :: args.world_size]
-    _fill(trainer, store, [(block, visit) for block, visit in mine if _key(block, visit) not in store])
-    trainer.accelerator.wait_for_everyone()
+    mine = blocks[state.process_index :: state.num_processes]
+    missing = [(block, visit) for block, visit in mine if _key(block, visit) not in store]
+    if missing:
+        _fill(examples, store, missing, score, loader, batch_size)
+    state.wait_for_everyone()
     store.refresh()
     return CachedReference(examples, store)
 
 
-def _fill(trainer: PreferenceTrainer, store: TensorStore, blocks: list[tuple[int, int]]) -> None:
-    if not blocks:
-        return
-    batches = [
-        batch for block in blocks for batch in _batches(block, len(trainer.train_dataset), trainer.args)
-    ]
-    loader = DataLoader(
-        trainer.train_dataset,
-        batch_sampler=batches,
-        collate_fn=trainer.data_collator,
-        num_workers=trainer.args.dataloader_num_workers,
-    )
-    model, finished = trainer.model, iter(blocks)
-    source = adapters_off(model) if adapter_layers(model) else nullcontext(model.eval())
-    rows: list[torch.Tensor] = []
-    bar = tqdm(zip(batches, loader, strict=True), total=len(batches), desc="reference scores", unit="batch")
-    with torch.no_grad(), source as reference_model, trainer.accelerator.autocast():
-        for batch, inputs in bar:
-            scores = trainer.score(reference_model, trainer._prepare_inputs(inputs))
-            rows.append(scores.float().cpu())
-            last = batch[-1][0] + 1
-            if last % BLOCK == 0 or last == len(trainer.train_dataset):
-                store.write({_key(*next(finished)): {"scores": torch.cat(rows)}})
-                rows = []
+def _fill(
+    examples: Any,
+    store: TensorStore,
+    blocks: list[tuple[int, int]],
+    score: Callable[[Mapping[str, Any]], Tensor],
+    loader: Mapping[str, Any],
+    batch_size: int,
+) -> None:
+    batches = [batch for block in blocks for batch in _batches(block, len(examples), batch_size)]
+    loaded = DataLoader(examples, batch_sampler=batches, **loader)
+    finished, rows = iter(blocks), list[Tensor]()
+    bar = tqdm(zip(batches, loaded, strict=True), total=len(batches), desc="reference scores", unit="batch")
+    for batch, inputs in bar:
+        rows.append(score(inputs).float().cpu())
+        last = batch[-1][0] + 1
+        if last % BLOCK == 0 or last == len(examples):
+            store.write({_key(*next(finished)): {"scores": torch.cat(rows)}})
+            rows = []
 
 
-def _batches(block_and_visit: tuple[int, int], length: int, args: Any) -> Iterator[list[tuple[int, int]]]:
+def _batches(
+    block_and_visit: tuple[int, int], length: int, batch_size: int
+) -> Iterator[list[tuple[int, int]]]:
     block, visit = block_and_visit
     items = range(block * BLOCK, min((block + 1) * BLOCK, length))
-    for start in range(0, len(items), args.train_batch_size):
-        yield [(item, visit) for item in items[start : start + args.train_batch_size]]
+    for start in range(0, len(items), batch_size):
+        yield [(item, visit) for item in items[start : start + batch_size]]
 
 
 def _key(block: int, visit: int) -> str:

@@ -1,4 +1,4 @@
-"""What surrounds a training run: its config.json and metrics.jsonl, weight averaging, stopping on Ctrl-C."""
+"""What surrounds a training run: config.json, metrics.jsonl, progress, weight averaging, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from prefopt.records import InputError
-from prefopt.store import write_atomically
+from prefopt.errors import InputError
+from prefopt.files import write_atomically
 
 LIBRARIES = (
     "prefopt",
@@ -54,13 +54,13 @@ def versions() -> dict[str, str]:
 
 
 def write_config(folder: Path, args: TrainingArguments, **more: Any) -> None:
-    """config.json: every option as it was resolved, the versions, and what else the run says about itself."""
+    """Write config.json: every option as resolved, the versions, and `more` facts about the run."""
     config = {**more, "versions": versions(), "options": args.to_dict()}
     write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
 
 
 class MetricsFile:
-    """metrics.jsonl: one object for each log; on resuming, the lines after the checkpoint's step go."""
+    """metrics.jsonl: one object for each log; on resuming, lines after the checkpoint's step are removed."""
 
     def __init__(self, folder: Path, *, after: int):
         self.path = folder / "metrics.jsonl"
@@ -76,7 +76,7 @@ class MetricsFile:
 
 
 class Progress(ProgressCallback):
-    """transformers' progress bar, with one short line a log; everything else is in metrics.jsonl."""
+    """transformers' progress bar, with one short line for each log; all figures are in metrics.jsonl."""
 
     SHOWN = (
         "loss",
@@ -88,7 +88,7 @@ class Progress(ProgressCallback):
     )
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Write the figures that one follows while a run goes on."""
+        """Print the most important figures."""
         if (
             state.is_world_process_zero
             and self.training_bar is not None
@@ -112,17 +112,21 @@ class Ema(TrainerCallback):
         self.resume_from: str | None = None
 
     def on_train_begin(self, args, state, control, *, model, **kwargs) -> None:
-        """Start from the current weights, or from the checkpoint's average."""
+        """Start with the training."""
+        self.start(model)
+
+    def start(self, model: torch.nn.Module) -> None:
+        """Start from the model's weights, or from the checkpoint's average."""
         self.average = {name: value.detach().clone() for name, value in _trained(model).items()}
         if self.resume_from:
             file = Path(self.resume_from, self.FILE)
             if not file.is_file():
-                raise InputError(f"{self.resume_from} has no {self.FILE}: go on without --ema_decay")
+                raise InputError(f"{self.resume_from} has no {self.FILE}: continue without --ema_decay")
             for name, value in load_file(file).items():
                 self.average[name].copy_(value)
 
     def on_step_end(self, args, state, control, *, model, **kwargs) -> None:
-        """Move the average towards the weights that the optimizer has just written."""
+        """Update the average with the weights of this step."""
         trained = _trained(model)
         self.update(
             list(self.average.values()), [trained[name].detach() for name in self.average], state.global_step
@@ -153,7 +157,7 @@ def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 class Interrupt(TrainerCallback):
     """Ctrl-C ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
 
-    Processes agree on the step: whichever received the signal, all stop after the same one.
+    All processes stop after the same step, whichever of them received the signal.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -163,7 +167,7 @@ class Interrupt(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT over while training."""
+        """Handle SIGINT while training."""
         previous = signal.signal(signal.SIGINT, self._note)
         try:
             yield
@@ -177,7 +181,7 @@ class Interrupt(TrainerCallback):
         os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Ask for a checkpoint and the end of training once any process was interrupted."""
+        """Request a checkpoint and the end of training once any process was interrupted."""
         self.stopping = self.received
         if self.accelerator.num_processes > 1:
             if self.stopping:

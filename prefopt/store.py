@@ -1,4 +1,4 @@
-"""Tensors kept on disk by content: what a frozen model computed once and need not compute again.
+"""Results that frozen models computed once, kept on disk by content key: tensors, and JSON.
 
 A store is a folder of safetensors shards and one `identity.json`, which says what the values depend on
 (weights, resolution, dtype). Shards are written whole and renamed into place, so a killed run leaves only
@@ -7,13 +7,9 @@ finished ones, and any number of processes may write side by side.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefopt.records import InputError
+from prefopt.errors import InputError
+from prefopt.files import check_identity, content_key, replacing, reporting_write_errors
 
 OPEN_SHARDS = 256  # of one process: each is a memory map, and a process may have 65,530 on Linux
-TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # what its errors name
-
-
-def content_key(content: bytes | str) -> str:
-    """The SHA-256 of bytes, or of a text's UTF-8, in hexadecimal."""
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def tensors_key(tensors: Mapping[str, Tensor]) -> str:
@@ -42,82 +33,15 @@ def tensors_key(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def writing(what: object) -> Iterator[None]:
-    """Turn a failure to write (a full disk, a missing permission) into an InputError that names `what`."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch reports a full disk as a RuntimeError of its writer; others are not about the disk.
-        if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_WRITER):
-            raise
-        raise InputError(
-            f"could not write {what}: {error}. Free some space, or name another folder"
-        ) from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when all is written; after an error nothing of it stays."""
-    # A process id would not do: containers that share a folder count from 1 each.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old content or the new, nothing between."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def claim(folder: Path, identity: Mapping[str, object], *, what: str, option: str) -> None:
-    """Say in a folder's identity.json what its content depends on; InputError if that says something else.
-
-    `what` the folder is called in the message, `option` names the flag that chooses another one.
-    """
-    path = folder / "identity.json"
-    if not path.exists():
-        write_atomically(path, json.dumps(identity, indent=2, sort_keys=True))
-        return
-    found = json.loads(path.read_text())
-    for name in sorted(found.keys() | identity.keys()):
-        if found.get(name) != identity.get(name):
-            raise InputError(
-                f"the {what} {folder} does not fit this run: its {name} is {found.get(name)}, this "
-                f"run's is {identity.get(name)}. Name another {option}, or delete that folder."
-            )
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a folder against a second run; InputError if one is at work there. A killed run's hold is gone."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another run is at work in {folder}. Wait for it, or name another --output_dir"
-            ) from error
-        yield
-
-
 class TensorStore:
     """Named tensors by content key, on disk; opening a store of another identity is an InputError."""
 
     def __init__(self, folder: str | Path, identity: Mapping[str, str]):
         self.folder = Path(folder)
         self.identity = dict(identity)
-        with writing(self.folder):
+        with reporting_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            claim(self.folder, self.identity, what="cache", option="--cache_dir")
+            check_identity(self.folder, self.identity, what="cache", option="--cache_dir")
         self._shard_of: dict[str, Path] = {}
         self._open: dict[Path, safe_open] = {}
         self.refresh()
@@ -155,7 +79,7 @@ class TensorStore:
             for name in names
         }
         shard = self.folder / f"{content_key(' '.join(sorted(entries)))[:32]}.safetensors"
-        with writing(self.folder), replacing(shard) as partial:
+        with reporting_write_errors(self.folder), replacing(shard) as partial:
             save_file(tensors, partial, metadata={"names": " ".join(names)})
         self._shard_of.update(dict.fromkeys(entries, shard))
 
@@ -192,7 +116,7 @@ class Ledger:
         self.folder, self.name = folder, name
         self._file = folder / f"{name}-{process:05d}.jsonl"
         self._known: dict[str, Any] = {}
-        with writing(folder):
+        with reporting_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.refresh()
 
@@ -208,7 +132,7 @@ class Ledger:
     def add(self, results: Mapping[str, Any]) -> None:
         """Keep some results, which JSON can hold."""
         # The newline goes first: a line that a killed run left half written stays alone.
-        with writing(self._file), self._file.open("a", encoding="utf-8") as file:
+        with reporting_write_errors(self._file), self._file.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(results, allow_nan=False))
         self._known |= results
 

@@ -12,6 +12,7 @@ import re
 import sys
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPImageProcessorPil
 
+from prefopt.errors import InputError
+from prefopt.files import replacing, reporting_write_errors, write_atomically
 from prefopt.judges.image_reward import ImageRewardConfig, ImageRewardModel
-from prefopt.records import InputError
-from prefopt.store import replacing, write_atomically, writing
 
 HEAD_WIDTH = 64  # of each attention head, in both encoders and in every size of ViT and BERT
 UNUSED = re.compile(r"blip\.(vision_proj|text_proj)\.|.*\.position_ids$")
@@ -106,7 +107,7 @@ def convert(source: Path, folder: Path, tokenizer_name: str) -> None:
     """Write `folder`; InputError if the tensors are not an ImageReward's, or the tokenizer is another's."""
     weights = renamed(read(source))
     try:
-        config = described(weights)
+        config: Any = described(weights)
         with torch.device("meta"):
             ImageRewardModel(config).load_state_dict(weights, assign=True)
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
@@ -124,7 +125,7 @@ def convert(source: Path, folder: Path, tokenizer_name: str) -> None:
     images = CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_convert_rgb=True
     )
-    with writing(folder):
+    with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(folder)
         images.save_pretrained(folder)

@@ -14,8 +14,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from prefopt.detectors.yolo_world import YoloWorldSettings, build, ultralytics_tasks
-from prefopt.records import InputError
-from prefopt.store import replacing, write_atomically, writing
+from prefopt.errors import InputError
+from prefopt.files import replacing, reporting_write_errors, write_atomically
 
 
 def read(path: Path) -> Any:
@@ -45,7 +45,7 @@ def convert(source: Path, folder: Path, *, image_size: int, clip: str) -> None:
         raise InputError(
             f"the layers of {source} are not those of yolov8-worldv2 (a version 1 model?): {error}"
         ) from error
-    with writing(folder):
+    with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "model.safetensors") as path:
             save_file({name: tensor.contiguous() for name, tensor in kept.items()}, path)

@@ -64,6 +64,25 @@ def sdxl(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def setting(stable_diffusion, tmp_path_factory) -> dict:
+    """Options of a training run: a tiny model and twelve pairs, a step of four."""
+    folder = tmp_path_factory.mktemp("setting")
+    return {
+        "model_name_or_path": stable_diffusion,
+        "dataset_name": write_pairs(folder / "pairs", 12),
+        "per_device_train_batch_size": 4,
+        "max_steps": 5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "disable_tqdm": True,
+        "cache_dir": str(folder / "cache"),
+        "flip_probability": 0.5,
+        "drop_probability": 0.2,
+    }
+
+
+@pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> str:
     """The folder of a table of eight pairs of random images."""
     return write_pairs(tmp_path_factory.mktemp("pairs"), 8)

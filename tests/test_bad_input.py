@@ -12,12 +12,14 @@ from pathlib import Path
 
 import datasets
 import pytest
-from launching import launch
+from launching import arguments, launch
 from pictures import PAIRS, cell, pair_rows, png, write_pairs, write_table
-from test_trainer import recipe
+from running import recipe
+from safetensors.torch import load_file
 from tiny import tiny_adapter
 
 from prefopt.cli import BAD_INPUT, run
+from prefopt.diffusion.generator import ADAPTER_FILE
 
 DPO, SFT = recipe("diffusion_dpo"), recipe("diffusion_sft")
 CONFIGS = {DPO: DPO.DiffusionDPOConfig, SFT: SFT.DiffusionSFTConfig}
@@ -37,10 +39,6 @@ def options(stable_diffusion, pairs, tmp_path) -> dict:
         "save_strategy": "no",
         "lora_r": 2,
     }
-
-
-def arguments(options: dict) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture
@@ -100,7 +98,8 @@ def test_broken_rows(options, refused, tmp_path, what):
 def test_missing_tables_and_columns(options, refused, tmp_path, module):
     (tmp_path / "empty").mkdir()
     nowhere = tmp_path / "nowhere"
-    assert f"no dataset '{nowhere}'" in refused({**options, "dataset_name": nowhere}, module=module)
+    message = refused({**options, "dataset_name": nowhere}, module=module)
+    assert f"--dataset_name: there is no {nowhere}" in message
     message = refused({**options, "dataset_name": tmp_path / "empty"}, module=module)
     assert f"{tmp_path / 'empty'} is empty" in message
     features = datasets.Features({name: PAIRS[name] for name in ("prompt", "rejected")})
@@ -122,7 +121,7 @@ def test_missing_tables_and_columns(options, refused, tmp_path, module):
         (["--max_steps", "many"], "--max_steps"),
         (["--beta_dpo", "0"], "--beta_dpo is 0.0"),
         (["--label_smoothing", "0.5"], "--label_smoothing is 0.5; it lies in [0, 0.5)"),
-        (["--flip_probability", "2"], "--flip_probability is 2.0; a probability lies between 0 and 1"),
+        (["--flip_probability", "2"], "--flip_probability is 2.0; it lies in [0, 1]"),
         (["--drop_probability", "-1"], "--drop_probability is -1.0"),
         (["--visits", "0"], "--visits is 0"),
         (["--seed", "-1"], "--seed is -1"),
@@ -189,7 +188,8 @@ def test_every_loss_type_runs(options, loss_type):
 
 def test_models_that_are_not_there(options, refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert f"no model folder {tmp_path / 'no'}" in refused({**options, "model_name_or_path": tmp_path / "no"})
+    message = refused({**options, "model_name_or_path": tmp_path / "no"})
+    assert f"--model_name_or_path: there is no {tmp_path / 'no'}" in message
     message = refused({**options, "model_name_or_path": tmp_path / "empty"})
     assert f"{tmp_path / 'empty'} is no pipeline: it holds no model_index.json" in message
     assert "nobody/nothing" in refused({**options, "model_name_or_path": "nobody/nothing"})
@@ -204,7 +204,7 @@ def test_adapters_that_do_not_fit(options, refused, sdxl, tmp_path):
         and options["model_name_or_path"] in message
     )
     message = refused({**options, "adapter_name_or_path": tmp_path / "none"})
-    assert f"no adapter {tmp_path / 'none'}" in message
+    assert f"--adapter_name_or_path: there is no {tmp_path / 'none'}" in message
 
 
 # What is kept
@@ -263,6 +263,27 @@ def test_a_loss_that_is_not_finite_names_its_rows(options, refused, tmp_path):
     assert kept == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("rate", ["inf", 1e38])
+def test_weights_that_are_not_finite_are_not_saved(options, refused, rate):
+    """Guards: a run that ends well with them, and checkpoints that hold nothing finite."""
+    message = refused({**options, "learning_rate": rate, "save_strategy": "steps", "save_steps": 1})
+    assert "after step 1" in message and "trained tensors are not finite" in message
+    assert "nothing was saved" in message
+    assert not list(options["output_dir"].glob("*.safetensors"))
+    assert not list(options["output_dir"].glob("checkpoint-*"))
+
+
+def test_weights_that_are_not_finite_leave_the_last_good_checkpoint(options, refused):
+    """Guards: a checkpoint of NaN that takes the last good one's place."""
+    options |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
+    options |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}  # the first step is of rate 0
+    message = refused({**options, "learning_rate": 1e39})
+    assert "after step 2" in message and "The last checkpoint is untouched" in message
+    assert [path.name for path in options["output_dir"].glob("checkpoint-*")] == ["checkpoint-1"]
+    saved = load_file(options["output_dir"] / "checkpoint-1" / ADAPTER_FILE)
+    assert all(value.isfinite().all() for value in saved.values())
+
+
 # By path, as a user runs it
 
 
@@ -271,7 +292,8 @@ def test_by_path_a_missing_dataset(options, tmp_path):
         "recipes/diffusion_dpo.py", {**options, "dataset_name": tmp_path / "no"}, tmp_path / "log"
     )
     assert running.wait() == 2
-    assert running.text().strip().splitlines()[-1].startswith(f"error: no dataset '{tmp_path / 'no'}'")
+    last = running.text().strip().splitlines()[-1]
+    assert last == f"error: --dataset_name: there is no {tmp_path / 'no'}"
     assert "Traceback" not in running.text()
 
 

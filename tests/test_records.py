@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import datasets
@@ -12,7 +13,10 @@ import pytest
 from pictures import PAIRS, cell, encoded, pair_rows, picture, png, write_pairs, write_table
 from PIL import Image
 
-from prefopt.records import InputError, Table, image_bytes, read_pairs, read_sft
+from prefopt.diffusion.latents import Encoder
+from prefopt.diffusion.sampling import load_pipeline
+from prefopt.errors import InputError
+from prefopt.records import Table, image_bytes, read_pairs, read_sft
 
 COUNT = 4
 
@@ -339,3 +343,87 @@ def test_images_are_not_decoded_while_reading(tmp_path, monkeypatch):
     folder = write_pairs(tmp_path / "p", 3, **image_columns(1, "chosen", cell(b"no image")))
     monkeypatch.setattr(Image, "open", None)
     assert read_pairs(folder).images(1)[0] == b"no image"
+
+
+# Kept by content: what changed on disk is seen
+
+
+def with_paths(folder: Path) -> Path:
+    """A table whose cells name pictures beside it."""
+    (folder / "pictures").mkdir(parents=True)
+    for i in range(4):
+        (folder / "pictures" / f"{i}.png").write_bytes(png(i))
+    paths = [f"pictures/{i}.png" for i in range(4)]
+    columns = {"prompt": ["a", "b"]}
+    columns |= {"chosen": [cell(None, p) for p in paths[:2]], "rejected": [cell(None, p) for p in paths[2:]]}
+    write_table(folder, columns, PAIRS)
+    return folder / "pictures"
+
+
+def hashes(folder: Path) -> list[str]:
+    return read_pairs(str(folder)).facts["sha256"][0]
+
+
+def test_a_replaced_picture_has_a_new_hash(tmp_path):
+    """Guards: the hash of the old picture from datasets' cache, under which the new one is encoded."""
+    pictures = with_paths(tmp_path)
+    assert hashes(tmp_path) == [sha(png(0)), sha(png(2))]
+    (pictures / "0.png").write_bytes(png(9))
+    assert hashes(tmp_path) == [sha(png(9)), sha(png(2))]
+    (pictures / "0.png").unlink()
+    with pytest.raises(InputError, match=r"row 0, column chosen points to pictures/0\.png, which is"):
+        read_pairs(str(tmp_path))
+
+
+def test_a_picture_replaced_in_place_with_its_old_times_has_a_new_hash(tmp_path):
+    pictures = with_paths(tmp_path)
+    file = pictures / "0.png"
+    before = file.stat()
+    assert hashes(tmp_path)[0] == sha(png(0))
+    content = png(9)
+    file.write_bytes(content + b"\0" * (before.st_size - len(content)))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert hashes(tmp_path)[0] == sha(file.read_bytes())
+
+
+def test_a_parquet_file_replaced_within_the_same_second_is_read_anew(tmp_path):
+    """Guards: datasets' own key of a file, which is its name and its time in whole seconds."""
+    for seed in range(4):
+        write_pairs(tmp_path, 2, chosen=[cell(png(10 * seed)), cell(png(10 * seed + 1))])
+        assert hashes(tmp_path)[0] == sha(png(10 * seed))
+
+
+def test_a_picture_that_changes_under_a_read_table_is_named(tmp_path, stable_diffusion):
+    pictures = with_paths(tmp_path / "table")
+    table = read_pairs(str(tmp_path / "table"))
+    (pictures / "1.png").write_bytes(png(9))
+    encoder = Encoder(load_pipeline(stable_diffusion), tmp_path / "cache", 16)
+    with pytest.raises(InputError, match="row 1, column chosen: the image has changed since"):
+        encoder.images(table, mirrored=False)
+
+
+# A builder's folder
+
+
+def test_a_table_is_named_among_those_of_a_builders_folder(tmp_path):
+    write_pairs(tmp_path / "pairs", 3)
+    write_table(tmp_path / "sft", {"prompt": ["a"], "image": [cell(png(0))]})
+    (tmp_path / "BUILD.json").write_text("{}")
+    assert len(read_pairs(str(tmp_path), config="pairs")) == 3
+    assert len(read_sft(str(tmp_path), config="sft")) == 1
+    with pytest.raises(InputError, match="several tables; name one with --dataset_config: pairs, sft"):
+        read_pairs(str(tmp_path))
+    with pytest.raises(InputError, match=r"--dataset_config ranked: .* its tables are pairs, sft"):
+        read_pairs(str(tmp_path), config="ranked")
+
+
+# Soft labels
+
+
+def test_soft_labels_are_probabilities(tmp_path):
+    table = read_pairs(write_pairs(tmp_path / "p", 2, p_chosen=[0.9, 0.5]))
+    assert table.soft_labels and table.column("p_chosen") == pytest.approx([0.9, 0.5])
+    assert not read_pairs(write_pairs(tmp_path / "q", 2)).soft_labels
+    for wrong in (1.5, -0.1, float("nan"), None):
+        with pytest.raises(InputError, match=r"row 1 has the p_chosen .*; it is a probability"):
+            read_pairs(write_pairs(tmp_path / "w", 2, p_chosen=[0.9, wrong]))

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, die_at_save, launch
-from test_trainer import losses, setting  # noqa: F401 (a fixture)
+from launching import die_at_save, launch, torchrun
+from pictures import write_pairs
+from running import logged
 
 from prefopt.cli import INTERRUPTED
-from prefopt.diffusion.sampling import ADAPTER_FILE
+from prefopt.diffusion.generator import ADAPTER_FILE
+from prefopt.files import exclusive_lock
 
 DPO = "recipes/diffusion_dpo.py"
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def options(setting) -> dict:  # noqa: F811
+def options(setting) -> dict:
     """A run of twelve steps that keeps a checkpoint every second one."""
     more = {
         "max_steps": STEPS,
@@ -70,7 +69,7 @@ def test_killed_five_times_the_adapter_is_bit_identical(options, whole, tmp_path
     running = launch(DPO, same, log)
     assert running.wait() == 0, running.text()
     assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
-    assert losses(folder) == losses(whole)
+    assert logged(folder) == logged(whole)
     assert not (folder / "unfinished").exists()
     assert running.text().count("resuming from") >= 3
 
@@ -90,6 +89,35 @@ def test_ctrl_c_keeps_a_checkpoint(options, whole, tmp_path):
     assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["ended", "killed before its last save"])
+def test_a_finished_run_repeated_trains_nothing(setting, tmp_path, killed):
+    """Guards: a last checkpoint inside an epoch, from which the Trainer goes on to that epoch's end."""
+    rows = write_pairs(tmp_path / "pairs", 4)
+    options = {**setting, "dataset_name": rows, "per_device_train_batch_size": 2, "max_steps": 3}
+    options |= {"save_strategy": "steps", "save_steps": 3, "ema_decay": 0.5}
+    options |= {"output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"}
+    first = launch(DPO, options, tmp_path / "log")
+    assert first.wait() == 0, first.text()
+    adapter = tmp_path / "run" / ADAPTER_FILE
+    before, losses = adapter.read_bytes(), logged(tmp_path / "run")
+    if killed:
+        adapter.unlink()
+    again = launch(DPO, {**options, "resume_from_checkpoint": None}, tmp_path / "log")
+    assert again.wait() == 0, again.text()
+    assert "all 3 steps are done: nothing is trained" in again.text()
+    assert adapter.read_bytes() == before
+    assert logged(tmp_path / "run") == losses and len(losses) == 3
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_two_trainings_in_one_folder_are_an_error(setting, tmp_path):
+    with exclusive_lock(tmp_path / "run"):
+        second = launch(DPO, {**setting, "output_dir": tmp_path / "run"}, tmp_path / "log")
+        assert second.wait() == 2
+    assert f"another run is at work in {tmp_path / 'run'}" in second.text()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
 def test_a_new_run_does_not_overwrite_an_old_one(options, whole, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     running = launch(DPO, {**options, "output_dir": whole}, tmp_path / "log")
@@ -98,7 +126,7 @@ def test_a_new_run_does_not_overwrite_an_old_one(options, whole, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
-def test_two_processes_give_the_losses_of_one_with_accumulation_two(setting, tmp_path):  # noqa: F811
+def test_two_processes_give_the_losses_of_one_with_accumulation_two(setting, tmp_path):
     """Guards: every process drawing the same noise; a loss scored past the wrapper that syncs gradients."""
     options = {
         **setting,
@@ -115,27 +143,16 @@ def test_two_processes_give_the_losses_of_one_with_accumulation_two(setting, tmp
     assert one.wait() == 0, one.text()
     arithmetic = json.loads((tmp_path / "two" / "config.json").read_text())["arithmetic"]
     assert "2 a batch x 1 accumulated x 2 processes = 4 a step" in arithmetic
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-6)
+    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), abs=1e-6)
 
 
 @pytest.mark.slow
-def test_two_processes_resume_within_an_epoch(setting, tmp_path):  # noqa: F811
+def test_two_processes_resume_within_an_epoch(setting, tmp_path):
     """Guards: an epoch's order that a resumed loader on several processes does not get to know."""
     options = {**setting, "per_device_train_batch_size": 2, "max_steps": 5}
     options |= {"save_strategy": "steps", "save_steps": 4}
     folder = tmp_path / "run"
     torchrun(DPO, {**options, "output_dir": folder})
-    through = losses(folder)
+    through = logged(folder)
     torchrun(DPO, {**options, "output_dir": folder, "resume_from_checkpoint": folder / "checkpoint-4"})
-    assert losses(folder) == pytest.approx(through, abs=1e-6)
-
-
-def torchrun(script: str, options: dict) -> None:
-    """Launch on two processes; `accelerate launch --cpu --num_processes 2` would start one."""
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(ROOT / script), *flags], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert logged(folder) == pytest.approx(through, abs=1e-6)

@@ -11,8 +11,9 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from prefopt.records import InputError
-from prefopt.store import TensorStore, content_key, tensors_key, write_atomically, writing
+from prefopt.errors import InputError
+from prefopt.files import content_key, reporting_write_errors, write_atomically
+from prefopt.store import TensorStore, tensors_key
 
 IDENTITY = {"weights": "abc", "resolution": "64"}
 
@@ -122,13 +123,13 @@ def test_a_full_disk_under_torch_save_is_named_too(tmp_path):
     with (
         pytest.raises(InputError, match="could not write the optimizer"),
         no_room(),
-        writing("the optimizer"),
+        reporting_write_errors("the optimizer"),
     ):
         torch.save(torch.zeros(10_000), tmp_path / "optimizer.pt")
 
 
 def test_other_errors_pass_through_writing():
-    with pytest.raises(RuntimeError, match="shapes"), writing("x"):
+    with pytest.raises(RuntimeError, match="shapes"), reporting_write_errors("x"):
         raise RuntimeError("shapes do not match")
 
 

@@ -2,63 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from pictures import write_pairs
+from running import logged, train
 from safetensors.torch import load_file
+from torch import Tensor
 
-from prefopt.adapters import POLICY, REFERENCE, adapter_layers, reference
-from prefopt.diffusion.sampling import ADAPTER_FILE
+from prefopt.adapters import POLICY, REFERENCE, adapter_layers
+from prefopt.diffusion.generator import ADAPTER_FILE
+from prefopt.reference import adapters_off
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 LN2 = math.log(2)
-
-
-def recipe(name: str):
-    """A recipe as a module."""
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def setting(stable_diffusion, tmp_path_factory) -> dict:
-    """Options that every run here shares: a tiny model and twelve pairs, a step of four."""
-    folder = tmp_path_factory.mktemp("setting")
-    return {
-        "model_name_or_path": stable_diffusion,
-        "dataset_name": write_pairs(folder / "pairs", 12),
-        "per_device_train_batch_size": 4,
-        "max_steps": 5,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "disable_tqdm": True,
-        "cache_dir": str(folder / "cache"),
-        "flip_probability": 0.5,
-        "drop_probability": 0.2,
-    }
-
-
-def train(setting: dict, folder: Path, name: str = "diffusion_dpo", **options):
-    """Run a recipe's main in this process; its trainer."""
-    module = recipe(name)
-    config = next(
-        value for key, value in vars(module).items() if key in ("DiffusionDPOConfig", "DiffusionSFTConfig")
-    )
-    return module.main(config(**{**setting, "output_dir": str(folder), **options}))
-
-
-def losses(folder: Path, name: str = "loss") -> list[float]:
-    """A metric of a run's steps, in order."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="session")
@@ -69,10 +27,10 @@ def plain_run(setting, tmp_path_factory) -> Path:
 
 
 def test_the_first_loss_is_ln_2_in_float32(plain_run):
-    assert losses(plain_run)[0] == pytest.approx(LN2, abs=1e-7)
-    assert losses(plain_run, "rewards/margins")[0] == 0.0
-    assert losses(plain_run, "rewards/accuracies")[0] == 0.5, "a tie counts one half"
-    assert losses(plain_run)[-1] != losses(plain_run)[0]
+    assert logged(plain_run)[0] == pytest.approx(LN2, abs=1e-7)
+    assert logged(plain_run, "rewards/margins")[0] == 0.0
+    assert logged(plain_run, "rewards/accuracies")[0] == 0.5, "a tie counts one half"
+    assert logged(plain_run)[-1] != logged(plain_run)[0]
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"bf16": True, "dtype": "bfloat16"}])
@@ -80,8 +38,29 @@ def test_the_first_loss_is_ln_2_in_bfloat16(setting, tmp_path, options):
     """Guards: a half-precision copy as the reference, whose logits are 0.4 away from 0 at step 0."""
     cache = {} if "dtype" not in options else {"cache_dir": str(tmp_path / "cache")}
     train(setting, tmp_path / "run", max_steps=2, **options, **cache)
-    assert losses(tmp_path / "run")[0] == pytest.approx(LN2, abs=1e-6)
-    assert losses(tmp_path / "run")[1] != pytest.approx(LN2, abs=1e-6)
+    assert logged(tmp_path / "run")[0] == pytest.approx(LN2, abs=1e-6)
+    assert logged(tmp_path / "run")[1] != pytest.approx(LN2, abs=1e-6)
+
+
+def softplus(x: Tensor) -> Tensor:
+    return torch.log1p(torch.exp(x))
+
+
+@pytest.mark.parametrize("loss_type", ["cpo", "simpo"])
+def test_losses_without_a_reference_start_at_the_hand_worked_value(setting, tmp_path, loss_type):
+    """On the base model's scores of the first step's rows, in float64: beta 1, gamma 0.5."""
+    trainer = train(setting, tmp_path, loss_type=loss_type, beta_dpo=2, max_steps=2)
+    order = list(trainer._get_train_sampler())
+    assert trainer.state.global_step == 2, "the sampler's epoch is still the first"
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in order[:4]])
+    with torch.no_grad(), adapters_off(trainer.model) as base:
+        chosen, rejected = trainer.score(base, batch).scores.double().unbind(1)
+    expected = softplus(rejected - chosen + 0.5)
+    if loss_type == "cpo":
+        expected = softplus(rejected - chosen) - chosen  # the denoising error of the chosen image
+    assert logged(tmp_path)[0] == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert logged(tmp_path)[1] != pytest.approx(logged(tmp_path)[0], abs=1e-6)
+    assert ("nll/chosen" in (tmp_path / "metrics.jsonl").read_text()) == (loss_type == "cpo")
 
 
 def test_a_batch_may_be_split_over_accumulation(setting, tmp_path):
@@ -90,14 +69,14 @@ def test_a_batch_may_be_split_over_accumulation(setting, tmp_path):
     train(
         setting, tmp_path / "split", beta_dpo=2, per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
-    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
-    assert len(set(losses(tmp_path / "whole"))) == 5
+    assert logged(tmp_path / "split") == pytest.approx(logged(tmp_path / "whole"), abs=1e-6)
+    assert len(set(logged(tmp_path / "whole"))) == 5
 
 
-def test_a_cached_reference_gives_the_live_runs_losses(setting, plain_run, tmp_path):
+def test_a_cached_reference_gives_the_live_runs_logged(setting, plain_run, tmp_path):
     options = {"reference": "cache", "cache_dir": str(tmp_path / "cache")}
     trainer = train(setting, tmp_path / "run", **options)
-    assert losses(tmp_path / "run") == pytest.approx(losses(plain_run), abs=1e-6)
+    assert logged(tmp_path / "run") == pytest.approx(logged(plain_run), abs=1e-6)
     for visit in (0, 1):
         batch = trainer.data_collator([trainer.train_dataset[item, visit] for item in range(12)])
         stored = batch.pop("reference")
@@ -129,25 +108,29 @@ def iter_visits(trainer, epochs: int):
 
 def test_full_fine_tuning_keeps_a_frozen_reference(setting, tmp_path):
     trainer = train(setting, tmp_path / "live", use_peft=False)
-    assert losses(tmp_path / "live")[0] == pytest.approx(LN2, abs=1e-6)
+    assert logged(tmp_path / "live")[0] == pytest.approx(LN2, abs=1e-6)
     train(setting, tmp_path / "cached", use_peft=False, reference="cache", cache_dir=str(tmp_path / "cache"))
-    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "live"), abs=1e-5)
+    assert logged(tmp_path / "cached") == pytest.approx(logged(tmp_path / "live"), abs=1e-5)
     base = load_file(Path(setting["model_name_or_path"], "unet", "diffusion_pytorch_model.safetensors"))
-    frozen = trainer.reference_model.unet.state_dict()
+    frozen = trainer.reference_model.network.state_dict()
     assert all(torch.equal(frozen[name], value) for name, value in base.items())
-    assert not all(torch.equal(trainer.model.unet.state_dict()[name], value) for name, value in base.items())
+    assert not all(
+        torch.equal(trainer.model.network.state_dict()[name], value) for name, value in base.items()
+    )
 
 
 def test_dpo_on_a_trained_adapter_compares_with_that_adapter(setting, tmp_path):
     sft = train(setting, tmp_path / "sft", "diffusion_sft", lora_alpha=4, lora_r=8)
     dpo = train(setting, tmp_path / "dpo", adapter_name_or_path=str(tmp_path / "sft"))
-    assert losses(tmp_path / "dpo")[0] == pytest.approx(LN2, abs=1e-6)
+    assert logged(tmp_path / "dpo")[0] == pytest.approx(LN2, abs=1e-6)
     batch = dpo.data_collator([dpo.train_dataset[item, 0] for item in range(4)])
     compared_with = dpo.reference_scores(dpo.model, batch)
     with torch.no_grad():
-        torch.testing.assert_close(compared_with, sft.score(sft.model.eval(), batch), atol=1e-6, rtol=0)
-        with reference(sft.model) as base:
-            assert not torch.allclose(compared_with, sft.score(base, batch), atol=1e-6)
+        torch.testing.assert_close(
+            compared_with, sft.score(sft.model.eval(), batch).scores, atol=1e-6, rtol=0
+        )
+        with adapters_off(sft.model) as base:
+            assert not torch.allclose(compared_with, sft.score(base, batch).scores, atol=1e-6)
     trained = {name for name, value in dpo.model.named_parameters() if value.requires_grad}
     assert trained and all(f".{POLICY}." in name for name in trained)
     assert any(f".{REFERENCE}." in name for name, _ in dpo.model.named_parameters())
@@ -159,7 +142,8 @@ def test_dropout_acts_on_the_policy_and_never_on_the_reference(setting, tmp_path
     batch = trainer.data_collator([trainer.train_dataset[item, 0] for item in range(4)])
     trainer.model.train()
     with torch.no_grad():
-        assert not torch.equal(trainer.score(trainer.model, batch), trainer.score(trainer.model, batch))
+        once, again = (trainer.score(trainer.model, batch).scores for _ in range(2))
+        assert not torch.equal(once, again)
     assert torch.equal(
         trainer.reference_scores(trainer.model, batch), trainer.reference_scores(trainer.model, batch)
     )
@@ -169,7 +153,7 @@ def test_dropout_acts_on_the_policy_and_never_on_the_reference(setting, tmp_path
 def test_reference_restores_everything_after_an_error(setting, tmp_path):
     model = train(setting, tmp_path, max_steps=1).model.train()
     before = {name: value.requires_grad for name, value in model.named_parameters()}
-    with pytest.raises(RuntimeError, match="inside"), reference(model):
+    with pytest.raises(RuntimeError, match="inside"), adapters_off(model):
         assert not model.training and all(layer.disable_adapters for layer in adapter_layers(model))
         raise RuntimeError("inside")
     assert model.training and not any(layer.disable_adapters for layer in adapter_layers(model))
@@ -227,7 +211,7 @@ def test_memory_savers_train(setting, plain_run, tmp_path, options):
     if "optim" in options:
         pytest.importorskip("bitsandbytes")
     train(setting, tmp_path, max_steps=2, **options)
-    assert losses(tmp_path) == pytest.approx(losses(plain_run)[:2], abs=1e-3)
+    assert logged(tmp_path) == pytest.approx(logged(plain_run)[:2], abs=1e-3)
 
 
 def test_trackers_get_the_metrics(setting, tmp_path):
@@ -240,9 +224,9 @@ def test_trackers_get_the_metrics(setting, tmp_path):
 
 
 @pytest.mark.slow
-def test_torch_compile_trains_to_the_same_losses(setting, plain_run, tmp_path):
+def test_torch_compile_trains_to_the_same_logged(setting, plain_run, tmp_path):
     train(setting, tmp_path, torch_compile=True)
     # Fused kernels round otherwise, and Adam enlarges that; from step to step losses differ by 0.05.
-    assert losses(tmp_path)[0] == pytest.approx(losses(plain_run)[0], abs=1e-6)
-    assert losses(tmp_path) == pytest.approx(losses(plain_run), abs=1e-3)
+    assert logged(tmp_path)[0] == pytest.approx(logged(plain_run)[0], abs=1e-6)
+    assert logged(tmp_path) == pytest.approx(logged(plain_run), abs=1e-3)
     assert adapter(tmp_path).keys() == adapter(plain_run).keys()

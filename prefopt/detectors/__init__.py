@@ -1,4 +1,4 @@
-"""Open-vocabulary detection: classes in words and images go in, boxes come out."""
+"""Open-vocabulary detection: images and the names of classes go in, boxes come out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class Box(NamedTuple):
-    """One thing that was found."""
+    """One detection."""
 
     label: str
     confidence: float  # 0..1; those of different detectors are not comparable
@@ -20,7 +20,7 @@ class Box(NamedTuple):
 
 
 class Detector(Protocol):
-    """Whoever finds things; `identity` changes with whatever the boxes depend on."""
+    """Anything that detects; `identity` changes with all that its boxes depend on."""
 
     identity: str
 

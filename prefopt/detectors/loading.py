@@ -1,7 +1,9 @@
-"""Which detector a name is."""
+"""Detectors by name. What a detector's boxes depend on is known before it is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from prefopt import pocket
 from prefopt.detectors import Detector, owlv2, yolo_world
-from prefopt.records import InputError
+from prefopt.errors import InputError
+from prefopt.loading import Lazy
 
 
 def load_detector(
@@ -19,19 +22,31 @@ def load_detector(
 
     `options` (batch_size, min_confidence, max_overlap) go to `Owlv2` or `YoloWorld`.
     """
-    if name_or_path.endswith(".pt"):
-        return yolo_world.YoloWorld(name_or_path)
-    name = pocket.resolve(name_or_path, "yolo_world")
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name_or_path} is no folder or hub id with a config.json: {error}") from error
-    kind = config.get("model_type")
-    if kind == yolo_world.MODEL_TYPE:
-        return yolo_world.YoloWorld(name, device=device, **options)
+    return lazy_detector(name_or_path, revision=revision, device=device, **options).load()
+
+
+def lazy_detector(
+    name_or_path: str, *, revision: str | None = None, device: str | torch.device = "cpu", **options: Any
+) -> Lazy[Detector]:
+    """The same, loaded at its first use."""
+    name = name_or_path if name_or_path.endswith(".pt") else pocket.resolve(name_or_path, "yolo_world")
+    settings = {name: value for name, value in options.items() if name != "batch_size"}
+    load: Callable[[], Detector]
+    if name.endswith(".pt") or (kind := _model_type(name, revision)) == yolo_world.MODEL_TYPE:
+        load = partial(yolo_world.YoloWorld, name, device=device, **options)
+        return Lazy(yolo_world.identity(name, **settings), load)
     if kind == owlv2.MODEL_TYPE:
-        return owlv2.Owlv2(name, revision, device=device, **options)
+        load = partial(owlv2.Owlv2, name, revision, device=device, **options)
+        return Lazy(owlv2.identity(name, revision, **settings), load)
     raise InputError(
         f"{name_or_path} is a {kind!r}; detectors are {yolo_world.MODEL_TYPE!r} (a folder as "
         f"{yolo_world.CONVERTER} writes it) and {owlv2.MODEL_TYPE!r} (google/owlv2-base-patch16-ensemble)"
     )
+
+
+def _model_type(name: str, revision: str | None) -> Any:
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} is no folder or hub id with a config.json: {error}") from error
+    return config.get("model_type")

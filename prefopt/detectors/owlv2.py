@@ -8,24 +8,37 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from torchvision.ops import box_convert
 from transformers import Owlv2ForObjectDetection, Owlv2Processor
 
 from prefopt.detectors import Box
-from prefopt.detectors.selecting import distinct, in_batches, select
-from prefopt.records import InputError
-from prefopt.store import content_key, tensors_key
+from prefopt.detectors.selecting import MAX_OVERLAP, MIN_CONFIDENCE, distinct, in_batches, select
+from prefopt.files import content_key
+from prefopt.loading import UNUSABLE, files_identity, load_complete, not_loaded
 
 MODEL_TYPE = "owlv2"
+TEMPLATE = "a photo of a {}"
+
+
+def identity(
+    model_name_or_path: str,
+    revision: str | None = None,
+    *,
+    template: str = TEMPLATE,
+    min_confidence: float = MIN_CONFIDENCE,
+    max_overlap: float = MAX_OVERLAP,
+) -> str:
+    """All that the boxes depend on, from the model's files: nothing is loaded."""
+    files = files_identity(model_name_or_path, revision)
+    return content_key(json.dumps([MODEL_TYPE, files, template, min_confidence, max_overlap]))
 
 
 class Owlv2:
-    """A detector by a hub id or a folder; safetensors only. Each class is embedded once in its life.
+    """A detector by a hub id or a folder; safetensors only. Each class is embedded once.
 
-    `template` says a class to the text encoder. Boxes under `min_confidence` are left out; of two of one
-    class that overlap by more than `max_overlap` the more confident stays.
+    `template` words a class for the text encoder. Boxes under `min_confidence` are left out; of two of one
+    class that overlap by more than `max_overlap` the more confident one is kept.
     """
 
     def __init__(
@@ -33,38 +46,23 @@ class Owlv2:
         model_name_or_path: str = "google/owlv2-base-patch16-ensemble",
         revision: str | None = None,
         *,
-        template: str = "a photo of a {}",
+        template: str = TEMPLATE,
         device: str | torch.device = "cpu",
         batch_size: int = 8,
-        min_confidence: float = 0.05,
-        max_overlap: float = 0.5,
+        min_confidence: float = MIN_CONFIDENCE,
+        max_overlap: float = MAX_OVERLAP,
     ):
-        name, revision = str(model_name_or_path), revision or "main"
+        name, what = str(model_name_or_path), "OWLv2 with its processor"
+        self.model: Any = load_complete(Owlv2ForObjectDetection, name, what, revision, dtype=torch.float32)
+        self.model.eval().to(device)
         try:
-            # Any: transformers' annotations of what these hold are wider than what OWLv2 returns.
-            model: Any = Owlv2ForObjectDetection.from_pretrained(
-                name, revision=revision, use_safetensors=True, dtype=torch.float32
-            )
-            self.processor: Any = Owlv2Processor.from_pretrained(name, revision=revision)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(
-                f"{name} cannot be read as an OWLv2 of safetensors with its processor: {error}"
-            ) from error
-        self.model = model.eval().to(device)
+            self.processor: Any = Owlv2Processor.from_pretrained(name, revision=revision or "main")
+        except UNUSABLE as error:
+            raise not_loaded(what, name, error) from error
         self.template, self.device, self.batch_size = template, device, batch_size
         self.min_confidence, self.max_overlap = min_confidence, max_overlap
-        self.identity = content_key(
-            json.dumps(
-                [
-                    MODEL_TYPE,
-                    tensors_key(model.state_dict()),
-                    self.processor.image_processor.to_json_string(),
-                    self.processor.tokenizer.backend_tokenizer.to_str(),
-                    template,
-                    min_confidence,
-                    max_overlap,
-                ]
-            )
+        self.identity = identity(
+            name, revision, template=template, min_confidence=min_confidence, max_overlap=max_overlap
         )
         self._text: dict[str, Tensor] = {}  # class -> (d,)
 

@@ -1,4 +1,4 @@
-"""From what a network says of every place of an image to the boxes that count."""
+"""From a network's output at every place of an image to the boxes that count."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from prefopt.detectors import Box
+
+MIN_CONFIDENCE, MAX_OVERLAP = 0.05, 0.5  # what detectors use unless told otherwise
 
 
 def select(
@@ -26,7 +28,7 @@ def select(
 
     `corners` (n, 4) are left, top, right, bottom in pixels of the image of `size` (width, height); `scores`
     (n, len(classes)) 0..1. Boxes are cut at the image's edges; of two of one class that overlap by more than
-    `max_overlap` (intersection over union) the more confident stays.
+    `max_overlap` (intersection over union) the more confident one is kept.
     """
     corners, scores = corners.float().cpu(), scores.float().cpu()
     places, labels = torch.where(scores >= min_confidence)
@@ -49,7 +51,7 @@ def in_batches(
     batch_size: int,
     detect: Callable[[list[Image.Image], list[list[str]]], list[list[Box]]],
 ) -> list[list[Box]]:
-    """The boxes of each image by a `detect` whose images are all asked for as many classes."""
+    """The boxes of each image by a `detect` that takes images with equally many classes."""
     found: list[list[Box]] = [[] for _ in images]
     for batch in by_number_of_classes(classes, batch_size):
         boxes = detect([images[i] for i in batch], [classes[i] for i in batch])
@@ -59,7 +61,7 @@ def in_batches(
 
 
 def by_number_of_classes(classes: Sequence[Sequence[str]], batch_size: int) -> list[list[int]]:
-    """The places of images that go into one forward, each asked for as many classes; for none: left out."""
+    """Batches of image indices with equally many queried classes; images with none are skipped."""
     groups: dict[int, list[int]] = {}
     for place, names in enumerate(classes):
         if names:

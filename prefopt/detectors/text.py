@@ -1,26 +1,24 @@
-"""What a class is called in a detector's feature space: CLIP's embedding of its name, computed once."""
+"""The classes' embeddings for a detector: CLIP's, computed once."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 from transformers import AutoTokenizer, CLIPModel
 
 from prefopt import pocket
-from prefopt.records import InputError
-from prefopt.store import content_key, tensors_key
+from prefopt.errors import InputError
+from prefopt.loading import UNUSABLE, load_complete, not_loaded
 
 
 class ClassEmbeddings:
-    """Unit embeddings of `template` filled with a class, filled up with zeros to `size`; kept once computed.
+    """Unit embeddings of `template` filled with a class, padded with zeros to `size`; each computed once.
 
-    CLIP is read from a folder, a hub id or `pocket`, safetensors only; `identity` names its weights.
+    CLIP is loaded from a folder, a hub id or `pocket`, safetensors only.
     """
 
     def __init__(
@@ -32,17 +30,12 @@ class ClassEmbeddings:
         size: int = 512,
         device: str | torch.device = "cpu",
     ):
-        name = pocket.resolve(clip, "clip")
-        revision = revision or "main"
+        name, what = pocket.resolve(clip, "clip"), "CLIP with its tokenizer, which embeds the classes,"
+        model: Any = load_complete(CLIPModel, name, what, revision)
         try:
-            # Any: transformers' annotations of what these hold are wider than what CLIP returns.
-            model: Any = CLIPModel.from_pretrained(name, revision=revision, use_safetensors=True)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(
-                f"{name} cannot be read as a CLIP of safetensors with its tokenizer, by which the detector "
-                f"understands classes: {error}"
-            ) from error
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        except UNUSABLE as error:
+            raise not_loaded(what, name, error) from error
         if model.config.projection_dim > size:
             raise InputError(
                 f"{name} embeds texts in {model.config.projection_dim} numbers, the detector takes {size} at "
@@ -52,9 +45,6 @@ class ClassEmbeddings:
         self.model = model.float().eval().to(device)
         self.template, self.size, self.device = template, size, device
         self.window = model.config.text_config.max_position_embeddings
-        self.identity = content_key(
-            json.dumps([tensors_key(model.state_dict()), self.tokenizer.backend_tokenizer.to_str(), template])
-        )
         self._kept: dict[str, Tensor] = {}
 
     def __call__(self, classes: Sequence[str]) -> Tensor:

@@ -30,10 +30,11 @@ from torchvision.ops import box_convert
 
 from prefopt import pocket
 from prefopt.detectors import Box
-from prefopt.detectors.selecting import distinct, in_batches, select
+from prefopt.detectors.selecting import MAX_OVERLAP, MIN_CONFIDENCE, distinct, in_batches, select
 from prefopt.detectors.text import ClassEmbeddings
-from prefopt.records import InputError
-from prefopt.store import content_key, tensors_key
+from prefopt.errors import InputError
+from prefopt.files import content_key
+from prefopt.loading import files_identity
 
 MODEL_TYPE = "yolo_world"
 CONVERTER = "scripts/convert_yolo_world.py"
@@ -50,7 +51,7 @@ class YoloWorldSettings:
     image_size: int  # pixels of the square that an image is fitted into, a multiple of 32
     clip: str = "openai/clip-vit-base-patch32"  # whose text embeddings the classes are, 512 numbers at most
     clip_revision: str | None = None
-    template: str = "{}"  # how a class is said to CLIP
+    template: str = "{}"  # how a class is worded for CLIP
 
     def __post_init__(self):
         if self.image_size < 32 or self.image_size % 32:
@@ -78,10 +79,10 @@ class YoloWorldSettings:
 
 @cache
 def ultralytics_tasks() -> Any:
-    """`ultralytics.nn.tasks`, imported offline, quiet, with its settings in a folder that goes at exit.
+    """Import `ultralytics.nn.tasks` offline and quietly, with its settings in a temporary folder.
 
-    What it puts in place of PIL's and torch's own functions is undone: its `Image.open` would install a
-    package where a picture cannot be read.
+    Its replacements of PIL's and torch's own functions are undone: its `Image.open` would install a package
+    where a picture cannot be read.
     """
     scratch = tempfile.mkdtemp(prefix="ultralytics-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
@@ -119,11 +120,37 @@ def predict(model: Any, pixels: Tensor, text: Tensor) -> Any:
     return model.predict(pixels, txt_feats=text)
 
 
+def identity(
+    model_name_or_path: str = "pocket",
+    *,
+    clip_model_name_or_path: str | None = None,
+    min_confidence: float = MIN_CONFIDENCE,
+    max_overlap: float = MAX_OVERLAP,
+) -> str:
+    """All that the boxes depend on, from the files of the model and of its CLIP: nothing is loaded."""
+    folder = _folder(model_name_or_path)
+    clip, revision = _clip(YoloWorldSettings.load(folder), clip_model_name_or_path)
+    files = [files_identity(folder), files_identity(pocket.resolve(clip, "clip"), revision)]
+    return content_key(json.dumps([MODEL_TYPE, *files, min_confidence, max_overlap]))
+
+
+def _folder(model_name_or_path: str) -> Path:
+    folder = Path(pocket.resolve(str(model_name_or_path), "yolo_world"))
+    if folder.suffix == ".pt":
+        raise InputError(f"{folder} is a pickle, which can run any code: convert it with {CONVERTER}")
+    return folder
+
+
+def _clip(settings: YoloWorldSettings, name: str | None) -> tuple[str, str | None]:
+    """The CLIP that embeds the classes, with its revision: `name`, or the one of the model's settings."""
+    return (settings.clip, settings.clip_revision) if name is None else (name, None)
+
+
 class YoloWorld:
     """A detector by a folder with a YOLO-World, or `pocket`.
 
     `clip_model_name_or_path` replaces the CLIP that the folder names. Boxes under `min_confidence` are left
-    out; of two of one class that overlap by more than `max_overlap` the more confident stays.
+    out; of two of one class that overlap by more than `max_overlap` the more confident one is kept.
     """
 
     def __init__(
@@ -133,12 +160,10 @@ class YoloWorld:
         clip_model_name_or_path: str | None = None,
         device: str | torch.device = "cpu",
         batch_size: int = 32,
-        min_confidence: float = 0.05,
-        max_overlap: float = 0.5,
+        min_confidence: float = MIN_CONFIDENCE,
+        max_overlap: float = MAX_OVERLAP,
     ):
-        folder = Path(pocket.resolve(str(model_name_or_path), "yolo_world"))
-        if folder.suffix == ".pt":
-            raise InputError(f"{folder} is a pickle, which can run any code: convert it with {CONVERTER}")
+        folder = _folder(model_name_or_path)
         self.settings = settings = YoloWorldSettings.load(folder)
         self.model = build(settings)
         try:
@@ -150,24 +175,13 @@ class YoloWorld:
         self.model.eval().to(device)
         self.device, self.batch_size = device, batch_size
         self.min_confidence, self.max_overlap = min_confidence, max_overlap
-        own = clip_model_name_or_path is None
-        self.embeddings = ClassEmbeddings(
-            settings.clip if clip_model_name_or_path is None else clip_model_name_or_path,
-            settings.clip_revision if own else None,
-            template=settings.template,
-            device=device,
-        )
-        self.identity = content_key(
-            json.dumps(
-                [
-                    MODEL_TYPE,
-                    tensors_key(self.model.state_dict()),
-                    self.embeddings.identity,
-                    settings.image_size,
-                    min_confidence,
-                    max_overlap,
-                ]
-            )
+        clip, clip_revision = _clip(settings, clip_model_name_or_path)
+        self.embeddings = ClassEmbeddings(clip, clip_revision, template=settings.template, device=device)
+        self.identity = identity(
+            model_name_or_path,
+            clip_model_name_or_path=clip_model_name_or_path,
+            min_confidence=min_confidence,
+            max_overlap=max_overlap,
         )
 
     def detect(self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]]) -> list[list[Box]]:

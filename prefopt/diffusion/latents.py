@@ -1,14 +1,12 @@
-"""Encode once: what the frozen VAE and text encoders make of a dataset, kept on disk and never made in the
-step.
+"""Encode once: outputs of the frozen VAE and text encoders are cached on disk, not computed in the step.
 
-Kept are the VAE's posterior moments by the image's SHA-256 (mean and log-variance, so that sampling stays
-exact, for the image and for its mirror image where flips are drawn) and the text embeddings by prompt. The
-crop is the centre one: it is the same at every visit, so it can be kept.
+Cached are the VAE's posterior moments by the image's SHA-256 (mean and log-variance, so that sampling stays
+exact; of the mirror image, too, where images are flipped) and the text embeddings by prompt. The crop is the
+centre one: it is the same at every visit, so that it can be cached.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,14 +19,18 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from prefopt.diffusion.families import Family, family_of
 from prefopt.draws import draw
-from prefopt.records import InputError, Table
-from prefopt.store import TensorStore, content_key, tensors_key
+from prefopt.errors import InputError
+from prefopt.files import content_key
+from prefopt.images import open_image
+from prefopt.records import Table
+from prefopt.store import TensorStore, tensors_key
 
 SMALLEST = 16  # pixels of the shorter side under which an image is taken to be broken
 MIRRORED = "-mirrored"
@@ -45,16 +47,12 @@ class Prepared(NamedTuple):
 
 
 def prepare_image(content: bytes, where: str, resolution: int) -> Prepared:
-    """Decode, turn upright, resize the shorter side to `resolution` and crop the centre.
+    """Decode, resize the shorter side to `resolution` and crop the centre.
 
     SDXL's size conditioning (arXiv 2307.01952, section 2.2) is this image's own. An image that cannot be
     decoded, or whose shorter side is under 16 pixels, is an InputError that says `where`.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: {len(content)} bytes that are no readable image ({error})") from error
+    image = open_image(content, where)
     width, height = image.size
     if min(width, height) < SMALLEST:
         raise InputError(f"{where}: an image of {width} x {height} pixels; the shorter side needs {SMALLEST}")
@@ -78,8 +76,12 @@ class Encoder:
     pipeline: DiffusionPipeline
     cache_dir: Path
     resolution: int
+    family: Family | None = None  # by default the pipeline's
     batch_size: int = 8
     threads: int = 4
+
+    def __post_init__(self) -> None:
+        self.family = self.family or family_of(self.pipeline)
 
     @torch.no_grad()
     def images(self, table: Table, *, mirrored: bool) -> TensorStore:
@@ -101,7 +103,10 @@ class Encoder:
         def prepare(key: str) -> Prepared:
             row, candidate = places[key]
             where = f"{table.where(row)}, column {table.facts[row]['columns'][candidate]}"
-            return prepare_image(table.images(row)[candidate], where, self.resolution)
+            content = table.images(row)[candidate]
+            if content_key(content) != key:
+                raise InputError(f"{where}: the image has changed since the table was read; start again")
+            return prepare_image(content, where, self.resolution)
 
         batches = _batched(missing, self.batch_size)
         with ThreadPoolExecutor(self.threads) as pool, _progress(len(missing), "encoding images") as bar:
@@ -130,17 +135,18 @@ class Encoder:
     @torch.no_grad()
     def prompts(self, prompts: Iterable[str]) -> TensorStore:
         """Each prompt and the empty one encoded: `embeddings` (tokens, width), SDXL `pooled` (width,)."""
-        parts = {
+        family: Any = self.family
+        encoders = {name: getattr(self.pipeline, name) for name in family.text_encoders}
+        weights = {
             f"{name}.{key}": value
-            for name in ("text_encoder", "text_encoder_2")
-            if getattr(self.pipeline, name, None) is not None
-            for key, value in getattr(self.pipeline, name).state_dict().items()
+            for name, part in encoders.items()
+            for key, value in part.state_dict().items()
         }
         identity = {
-            "text encoder weights": tensors_key(parts),
-            "tokenizers": _tokenizers_key(self.pipeline),
-            "empty prompt": "zeros" if _empties_to_zeros(self.pipeline) else "encoded",
-            "dtype": str(self.pipeline.text_encoder.dtype),
+            "text encoder weights": tensors_key(weights),
+            "tokenizers": _tokenizers_key([getattr(self.pipeline, name) for name in family.tokenizers]),
+            "empty prompt": "zeros" if family.empty_is_zeros(self.pipeline) else "encoded",
+            "dtype": str(next(iter(encoders.values())).dtype),
         }
         store = TensorStore(self.cache_dir / "prompts", identity)
         texts = {content_key(text): text for text in dict.fromkeys(["", *prompts])}
@@ -152,12 +158,8 @@ class Encoder:
         return _shared(store)
 
     def _embeddings(self, keys: Sequence[str], texts: list[str]) -> dict[str, dict[str, Tensor]]:
-        encoded = self.pipeline.encode_prompt(
-            texts, device=self.pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        # SD answers (embeddings, negative), SDXL (embeddings, negative, pooled, negative pooled).
-        values = {"embeddings": encoded[0]} | ({"pooled": encoded[2]} if len(encoded) == 4 else {})
-        zeros = _empties_to_zeros(self.pipeline)
+        family: Any = self.family
+        values, zeros = family.encode_prompts(self.pipeline, texts), family.empty_is_zeros(self.pipeline)
         return {
             key: {
                 name: (value[i] * 0 if zeros and not text else value[i]).cpu()
@@ -172,7 +174,8 @@ class EncodedCandidates(Dataset):
     the seed.
 
     An example is latents (k, C, h, w) with the best candidate first, noise (C, h, w), time (), conditioning,
-    item and visit. All candidates share the draw, the sample of the posterior and the flip.
+    ranks and mask (k,), item and visit, and p_chosen () if the table has it. All candidates share the draw,
+    the sample of the posterior and the flip. `per_candidate` names conditioning that an image has of its own.
     """
 
     def __init__(
@@ -182,12 +185,13 @@ class EncodedCandidates(Dataset):
         prompts: TensorStore,
         *,
         scaling: tuple[float, float],
+        per_candidate: Sequence[str] = (),
         seed: int,
         flip_probability: float = 0.0,
         drop_probability: float = 0.0,
     ):
         self.table, self.images, self.prompts = table, images, prompts
-        self.scaling, self.seed = scaling, seed
+        self.scaling, self.per_candidate, self.seed = scaling, per_candidate, seed
         self.flip_probability, self.drop_probability = flip_probability, drop_probability
         first = images[table.facts[0]["sha256"][0]]["mean"]
         channels, height, width = first.shape
@@ -224,37 +228,29 @@ class EncodedCandidates(Dataset):
         latent_noise, (shift, factor) = torch.from_numpy(chance.latent_noise), self.scaling
         latents = [m["mean"] + (0.5 * m["logvar"]).exp() * latent_noise for m in moments]
         conditioning = self.prompts[content_key("" if chance.drop_caption else fact["prompt"])]
-        if "pooled" in conditioning:
-            conditioning["sizes"] = torch.stack([m["sizes"] for m in moments])
-        return {
+        conditioning |= {name: torch.stack([m[name] for m in moments]) for name in self.per_candidate}
+        example = {
             "latents": (torch.stack(latents) - shift) * factor,
             "noise": torch.from_numpy(chance.noise),
             "time": torch.tensor(chance.time),
             "conditioning": conditioning,
+            "ranks": torch.arange(1, len(latents) + 1),
+            "mask": torch.ones(len(latents), dtype=torch.bool),
             "item": index,
             "visit": visit,
         }
+        if self.table.soft_labels:
+            example["p_chosen"] = torch.tensor(fact["p_chosen"], dtype=torch.float32)
+        return example
 
 
-def scaling_of(pipeline: DiffusionPipeline) -> tuple[float, float]:
-    """The (shift, factor) that turn a VAE's latents into the denoiser's: (latents - shift) * factor."""
-    config = pipeline.vae.config
-    return float(config.get("shift_factor") or 0.0), float(config.scaling_factor)
-
-
-def _empties_to_zeros(pipeline: DiffusionPipeline) -> bool:
-    """Whether an empty caption is trained as zeros, because SDXL samples unconditionally from them."""
-    return bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
-
-
-def _tokenizers_key(pipeline: Any) -> str:
+def _tokenizers_key(tokenizers: Iterable[Any]) -> str:
     """What decides a prompt's tokens: vocabulary and rules, length, padding."""
     parts = []
-    for name in ("tokenizer", "tokenizer_2"):
-        if (tokenizer := getattr(pipeline, name, None)) is not None:
-            rules = json.loads(tokenizer.backend_tokenizer.to_str())
-            rules |= {"padding": None, "truncation": None}  # which every call sets anew
-            parts.append([rules, tokenizer.model_max_length, tokenizer.pad_token_id])
+    for tokenizer in tokenizers:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules |= {"padding": None, "truncation": None}  # which every call sets anew
+        parts.append([rules, tokenizer.model_max_length, tokenizer.pad_token_id])
     return content_key(json.dumps(parts, sort_keys=True))
 
 
@@ -280,7 +276,7 @@ def _progress(total: int, what: str) -> tqdm:
 def _ahead(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], batches: Iterable[Sequence[Item]]
 ) -> Iterator[list[Result]]:
-    """Apply a function to every item of every batch, two batches ahead of whoever takes the results."""
+    """The function's results for every item of every batch, computed up to two batches ahead."""
     waiting: deque[list[Future[Result]]] = deque()
     for batch in batches:
         waiting.append([pool.submit(function, item) for item in batch])

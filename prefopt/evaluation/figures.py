@@ -14,9 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from prefopt.evaluation.words import metric_name
-
-# matplotlib knows no CSS: it draws in these stand-ins, which are replaced in the SVG's text.
+# matplotlib knows no CSS: these stand-ins are replaced in the SVG's text.
 INK, RULE, WIN, TIE, LOSS = "#010203", "#010204", "#010205", "#010206", "#010207"
 _STYLES = {
     INK: "currentColor",
@@ -56,14 +54,14 @@ _PANELS = (  # training curves: title, and the metrics drawn in it
 )
 
 
-class Drawing(NamedTuple):
+class Chart(NamedTuple):
     """A figure for a page."""
 
     title: str  # plain text
     svg: str  # an <svg> element, its texts escaped
 
 
-def win_bars(contrasts: Sequence[Mapping], metric: str) -> Drawing:
+def win_bars(contrasts: Sequence[Mapping], metric: str, name: str) -> Chart:
     """Wins, ties and losses of every system against the first, as shares of all pairs."""
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(_WIDTH, 0.65 + 0.42 * len(contrasts)), layout="constrained")
@@ -89,10 +87,12 @@ def win_bars(contrasts: Sequence[Mapping], metric: str) -> Drawing:
         axes.tick_params(length=0)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     against = contrasts[0]["against"]
-    return _svg(figure, f"wins-{metric}", f"Wins, ties and losses against {against} by {metric_name(metric)}")
+    return _svg(figure, f"wins-{metric}", f"Wins, ties and losses against {against} by {name}")
 
 
-def scale_curve(contrasts: Sequence[Mapping], scales: Sequence[float], metric: str, kind: str) -> Drawing:
+def scale_curve(
+    contrasts: Sequence[Mapping], scales: Sequence[float], metric: str, name: str, kind: str
+) -> Chart:
     """An adapter's mean at several scales; bars: interval of its difference to the first system (dashed)."""
     factor = 100 if kind == "proportion" else 1
     order = np.argsort(scales)
@@ -117,19 +117,19 @@ def scale_curve(contrasts: Sequence[Mapping], scales: Sequence[float], metric: s
             linewidth=1.4,
         )
         axes.set_xlabel("LoRA scale")
-        axes.set_ylabel(metric_name(metric) + (" (%)" if kind == "proportion" else ""))
+        axes.set_ylabel(name + (" (%)" if kind == "proportion" else ""))
         axes.grid(False, axis="x")
     system = contrasts[0]["system"].rpartition(" at ")[0]
-    return _svg(figure, f"scale-{metric}", f"{system}: {metric_name(metric)} against LoRA scale")
+    return _svg(figure, f"scale-{metric}", f"{system}: {name} against LoRA scale")
 
 
-def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Drawing]:
+def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Chart]:
     """Loss, implicit accuracy, margin and errors, a colour for each run; long runs are smoothed."""
     logged = {metric for lines in runs.values() for line in lines for metric in line}
     return [_panel(title, metrics, runs) for title, metrics in _PANELS if logged & set(metrics)]
 
 
-def _panel(title: str, metrics: Sequence[str], runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Drawing:
+def _panel(title: str, metrics: Sequence[str], runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Chart:
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(_WIDTH, 2.0), layout="constrained")
         axes = figure.subplots()
@@ -169,7 +169,7 @@ def _short(name: str, most: int = 18) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def _svg(figure: Figure, name: str, title: str) -> Drawing:
+def _svg(figure: Figure, name: str, title: str) -> Chart:
     """The figure's <svg> element: sized by the page, named for screen readers, its ids its own."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_RC):
@@ -183,4 +183,4 @@ def _svg(figure: Figure, name: str, title: str) -> Drawing:
         text = text.replace(stand_in, style)
     head, rest = text.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return Drawing(title, f'{head} role="img" aria-label="{html.escape(title, quote=True)}">{rest}')
+    return Chart(title, f'{head} role="img" aria-label="{html.escape(title, quote=True)}">{rest}')

@@ -14,9 +14,9 @@ from markupsafe import Markup
 from PIL import Image
 from rich.table import Table
 
+from prefopt.errors import InputError
 from prefopt.evaluation import figures, words
-from prefopt.records import InputError
-from prefopt.store import write_atomically, writing
+from prefopt.files import reporting_write_errors, write_atomically
 
 _LONGEST_SIDE = 320  # pixels of an embedded image
 
@@ -54,37 +54,44 @@ def write_report(
             findings=[_finding(contrast, summary) for contrast in summary["contrasts"]],
             table=_table(summary),
             figures=[
-                {"title": drawing.title, "svg": Markup(drawing.svg)}
-                for drawing in _figures(summary, [Path(run) for run in runs])
+                {"title": chart.title, "svg": Markup(chart.svg)}
+                for chart in _figures(summary, [Path(run) for run in runs])
             ],
             galleries=_galleries(folder, summary, rows, shown),
             words=words,
-            clip="clip" in summary["metrics"],
+            headline=_headline(summary),
         )
     )
     path = folder / "report.html"
-    with writing(path):
+    with reporting_write_errors(path):
         write_atomically(path, page)
     return path
 
 
 def terminal_table(summary: dict) -> Table:
-    """Each system's means, and its change to the first where there is one."""
-    columns = [metric for metric in summary["metrics"] if words.is_headline(metric)]
+    """Each system's means, its change to the first, and how often it wins by each score."""
+    headline = _headline(summary)
+    won = {metric: told["title"] for metric, told in headline.items() if told["kind"] == "score"}
     gaps = {contrast["system"]: contrast["metrics"] for contrast in summary["contrasts"]}
-    shown = Table("system", *(words.metric_name(metric) for metric in columns), "wins without ties (CLIP)")
+    titles = [told["title"] for told in headline.values()]
+    shown = Table("system", *titles, *(f"wins without ties ({title})" for title in won.values()))
     for name, system in summary["systems"].items():
         cells = []
-        for metric in columns:
-            kind = summary["metrics"][metric]
+        for metric, told in headline.items():
+            kind = told["kind"]
             cells.append(words.value(system["means"][metric], kind))
             if name in gaps:
                 gap = gaps[name][metric]["difference"]
                 cells[-1] += f"  {words.change(gap['mean'], kind)}"
                 cells[-1] += f" ({words.bare(gap['low'], kind)} to {words.bare(gap['high'], kind)})"
-        wins = words.percent(gaps[name]["clip"]["wins"]["rate_without_ties"]) if name in gaps else ""
-        shown.add_row(name, *cells, wins)
+        rates = [gaps[name][m]["wins"]["rate_without_ties"] if name in gaps else None for m in won]
+        shown.add_row(name, *cells, *(words.percent(rate) if name in gaps else "" for rate in rates))
     return shown
+
+
+def _headline(summary: Mapping) -> dict[str, dict]:
+    """What the summary says of the metrics that stand for their scorers."""
+    return {metric: told for metric, told in summary["metrics"].items() if told["is_headline"]}
 
 
 def _changed(summary: Mapping) -> list[str]:
@@ -98,21 +105,22 @@ def _changed(summary: Mapping) -> list[str]:
 
 def _finding(contrast: Mapping, summary: Mapping) -> dict:
     """What one contrast says, metric by metric, in sentences."""
-    kinds = summary["metrics"]
-    metrics = [metric for metric in contrast["metrics"] if words.is_headline(metric)]
+    headline = _headline(summary)
     return {
         "system": contrast["system"],
         "against": contrast["against"],
         "same": _same_weights(summary, contrast),
-        "warning": words.disagreement(contrast),
+        "warning": words.disagreement(contrast, {metric: told["title"] for metric, told in headline.items()}),
         "sentences": [
             {
-                "difference": words.difference_sentence(metric, kinds[metric], contrast["metrics"][metric]),
+                "difference": words.difference_sentence(
+                    told["title"], told["kind"], contrast["metrics"][metric]
+                ),
                 "wins": words.win_sentence(contrast["system"], contrast["metrics"][metric]),
                 "verdict": words.verdict(contrast["metrics"][metric], summary["prompts"]),
             }
-            # Whoever knows the truth speaks before whoever was trained on.
-            for metric in sorted(metrics, key=lambda metric: kinds[metric] != "proportion")
+            # Ground-truth metrics come before proxy metrics.
+            for metric, told in sorted(headline.items(), key=lambda item: not item[1]["is_truth"])
         ],
     }
 
@@ -129,21 +137,19 @@ def _table(summary: Mapping) -> list[dict]:
     gaps = {contrast["system"]: contrast["metrics"] for contrast in summary["contrasts"]}
     return [
         {
-            "metric": words.metric_name(metric),
+            "metric": told["title"],
             "cells": [
                 {
-                    "mean": words.value(system["means"][metric], kind),
+                    "mean": words.value(system["means"][metric], told["kind"]),
                     "change": ""
                     if name == first
-                    else words.change(gaps[name][metric]["difference"]["mean"], kind),
+                    else words.change(gaps[name][metric]["difference"]["mean"], told["kind"]),
                     "sure": name != first and _excludes_zero(gaps[name][metric]["difference"]),
                 }
                 for name, system in summary["systems"].items()
             ],
         }
-        for metric, kind in sorted(
-            summary["metrics"].items(), key=lambda item: not words.is_headline(item[0])
-        )
+        for metric, told in sorted(summary["metrics"].items(), key=lambda item: not item[1]["is_headline"])
     ]
 
 
@@ -151,17 +157,22 @@ def _excludes_zero(gap: Mapping) -> bool:
     return gap["low"] > 0 or gap["high"] < 0
 
 
-def _figures(summary: Mapping, runs: Sequence[Path]) -> list[figures.Drawing]:
-    headline = {metric: kind for metric, kind in summary["metrics"].items() if words.is_headline(metric)}
-    drawn = [figures.win_bars(summary["contrasts"], metric) for metric in headline]
+def _figures(summary: Mapping, runs: Sequence[Path]) -> list[figures.Chart]:
+    headline = _headline(summary)
+    charts = [
+        figures.win_bars(summary["contrasts"], metric, told["title"]) for metric, told in headline.items()
+    ]
     for contrasts in _curves(summary):
         scales = [summary["systems"][contrast["system"]]["scale"] for contrast in contrasts]
-        drawn += [figures.scale_curve(contrasts, scales, metric, kind) for metric, kind in headline.items()]
+        charts += [
+            figures.scale_curve(contrasts, scales, metric, told["title"], told["kind"])
+            for metric, told in headline.items()
+        ]
     if runs:
         names = [run.name for run in runs]
         names = names if len(set(names)) == len(names) else [str(run) for run in runs]
-        drawn += figures.training_curves(dict(zip(names, map(_read_metrics, runs), strict=True)))
-    return drawn
+        charts += figures.training_curves(dict(zip(names, map(_read_metrics, runs), strict=True)))
+    return charts
 
 
 def _curves(summary: Mapping) -> list[list[Mapping]]:
@@ -194,13 +205,14 @@ def _galleries(folder: Path, summary: Mapping, rows: Sequence[Mapping], shown: i
     focus = max(
         summary["contrasts"], key=lambda contrast: abs(contrast["metrics"][metric]["difference"]["mean"])
     )
+    title, better = summary["metrics"][metric]["title"], focus["metrics"][metric]["better"]
     columns: dict[tuple, dict[str, Mapping]] = {}
     for row in rows:
         columns.setdefault((row["prompt"], row["seed"]), {})[row["system"]] = row
 
     def gain(pair: tuple) -> float:
         row = columns[pair]
-        return row[focus["system"]]["scores"][metric] - row[focus["against"]]["scores"][metric]
+        return better * (row[focus["system"]]["scores"][metric] - row[focus["against"]]["scores"][metric])
 
     ordered, tie = sorted(columns, key=gain), summary["settings"]["tie"]
     count = max(1, shown // 3)
@@ -208,7 +220,7 @@ def _galleries(folder: Path, summary: Mapping, rows: Sequence[Mapping], shown: i
     best = [pair for pair in reversed(ordered) if gain(pair) > tie][:count]
     rest = [pair for pair in ordered if pair not in worst and pair not in best]
     picked = random.Random(0).sample(rest, min(max(0, shown - len(worst) - len(best)), len(rest)))
-    measure = f"{words.metric_name(metric)}, {focus['system']} against {focus['against']}"
+    measure = f"{title}, {focus['system']} against {focus['against']}"
     sections = [
         ("Largest losses", worst, measure),
         ("Largest gains", best, measure),
@@ -230,44 +242,42 @@ def _galleries(folder: Path, summary: Mapping, rows: Sequence[Mapping], shown: i
 def _gallery_row(
     folder: Path, summary: Mapping, row: Mapping[str, Mapping], pair: tuple, metric: str, gain: float
 ) -> dict:
-    kind = summary["metrics"][metric]
+    metrics = summary["metrics"]
     return {
         "prompt": pair[0],
         "seed": pair[1],
-        "change": words.change(float(gain), kind),
+        "change": words.change(float(gain), metrics[metric]["kind"]),
         "cells": [
             {
                 "system": name,
                 **_embedded(folder / row[name]["image"]),
                 "scores": [
-                    {
-                        "name": words.metric_name(key),
-                        "text": words.value(float(score), summary["metrics"][key]),
-                    }
+                    {"name": metrics[key]["title"], "text": words.value(float(score), metrics[key]["kind"])}
                     for key, score in row[name]["scores"].items()
-                    if summary["metrics"][key] == "score"
+                    if metrics[key]["kind"] != "proportion"
                 ],
-                "marks": _marks(row[name]["scores"]),
+                "marks": _marks(row[name]["scores"], metrics),
             }
             for name in summary["systems"]
         ],
     }
 
 
-def _marks(scores: Mapping[str, float | bool]) -> list[dict]:
+def _marks(scores: Mapping[str, float | bool], metrics: Mapping[str, Mapping]) -> list[dict]:
     """Right or wrong, for each headline metric of booleans, with the parts that are wrong."""
-    marks = []
-    for metric, right in scores.items():
-        if not (isinstance(right, bool) and words.is_headline(metric)):
-            continue
-        scorer, _, part = metric.partition("/")
-        parts = [
-            m.partition("/")[2]
-            for m, score in scores.items()
-            if part and m.startswith(f"{scorer}/") and not score
-        ]
-        marks.append({"name": scorer, "right": right, "wrong": [name for name in parts if name != part]})
-    return marks
+    return [
+        {
+            "name": told["scorer"],
+            "right": scores[metric],
+            "wrong": [
+                part["part"]
+                for other, part in metrics.items()
+                if part["scorer"] == told["scorer"] and not part["is_headline"] and not scores[other]
+            ],
+        }
+        for metric, told in metrics.items()
+        if told["kind"] == "proportion" and told["is_headline"]
+    ]
 
 
 def _embedded(path: Path) -> dict:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from prefopt.records import InputError
+from prefopt.errors import InputError
 
 LEVEL = 0.95
 

@@ -1,4 +1,4 @@
-"""summary.json in words: metrics' names, numbers with units, and the sentences a report begins with."""
+"""summary.json in words: numbers with units, and the sentences that a report begins with."""
 
 from __future__ import annotations
 
@@ -7,21 +7,6 @@ from collections.abc import Mapping
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
 PERCENT = "\N{NO-BREAK SPACE}%"
-
-_NAMES = {"clip": "CLIP score"}
-
-
-def metric_name(metric: str) -> str:
-    """`clip` -> CLIP score, `oracle/all` -> oracle accuracy, `oracle/count` -> oracle: count."""
-    scorer, _, part = metric.partition("/")
-    if not part:
-        return _NAMES.get(metric, metric)
-    return f"{scorer} accuracy" if part == "all" else f"{scorer}: {part}"
-
-
-def is_headline(metric: str) -> bool:
-    """Whether a metric stands for its scorer; the others are its parts."""
-    return metric.partition("/")[2] in ("", "all")
 
 
 def value(number: float, kind: str) -> str:
@@ -51,11 +36,11 @@ def percent(rate: float | None) -> str:
     return "none decided" if rate is None else f"{100 * rate:.1f}{PERCENT}"
 
 
-def difference_sentence(metric: str, kind: str, contrast: Mapping) -> str:
+def difference_sentence(title: str, kind: str, contrast: Mapping) -> str:
     """`oracle accuracy 41.0 % -> 57.5 %, +16.5 points, 95 % interval 9.0 to 24.1.`"""
     gap = contrast["difference"]
     return (
-        f"{metric_name(metric)} "
+        f"{title} "
         f"{value(contrast['mean_against'], kind)} {ARROW} {value(contrast['mean'], kind)}, "
         f"{change(gap['mean'], kind)}, {100 * gap['level']:.0f}{PERCENT} interval "
         f"{bare(gap['low'], kind)} to {bare(gap['high'], kind)}."
@@ -77,12 +62,10 @@ def win_sentence(system: str, contrast: Mapping) -> str:
 
 
 def verdict(contrast: Mapping, prompts: int) -> str:
-    """What may be claimed, and if nothing may, how many prompts would be needed."""
-    gap = contrast["difference"]
-    if gap["low"] > 0:
-        return "A gain: the whole interval is above 0."
-    if gap["high"] < 0:
-        return "A loss: the whole interval is below 0."
+    """What can be claimed, and if nothing can, how many prompts would be needed."""
+    if direction := _direction(contrast):
+        side = "above" if contrast["difference"]["low"] > 0 else "below"
+        return f"A {'gain' if direction > 0 else 'loss'}: the whole interval is {side} 0."
     needed = contrast["prompts_for_power"]
     if needed is None:
         return "No difference."
@@ -91,11 +74,19 @@ def verdict(contrast: Mapping, prompts: int) -> str:
     return f"No claim: the interval holds 0. About {needed:,} prompts would show a difference of this size."
 
 
-def disagreement(contrast: Mapping) -> str | None:
-    """A warning when one headline metric surely rose and another fell: the mark of a judge being pleased."""
-    headline = {metric: c["difference"] for metric, c in contrast["metrics"].items() if is_headline(metric)}
-    up = [metric_name(metric) for metric, gap in headline.items() if gap["low"] > 0]
-    down = [metric_name(metric) for metric, gap in headline.items() if gap["high"] < 0]
+def _direction(contrast: Mapping) -> int:
+    """1 for a sure gain, -1 for a sure loss, 0 for neither."""
+    gap, better = contrast["difference"], contrast["better"]
+    return better if gap["low"] > 0 else -better if gap["high"] < 0 else 0
+
+
+def disagreement(contrast: Mapping, titles: Mapping[str, str]) -> str | None:
+    """A warning when one of the metrics with these titles surely gained and another surely lost."""
+    directions = {title: _direction(contrast["metrics"][metric]) for metric, title in titles.items()}
+    up = [title for title, direction in directions.items() if direction > 0]
+    down = [title for title, direction in directions.items() if direction < 0]
     if not (up and down):
         return None
-    return f"The measures disagree: {', '.join(up)} rose while {', '.join(down)} fell. Look at the pictures."
+    return (
+        f"The measures disagree: {', '.join(up)} improved, {', '.join(down)} got worse. Look at the pictures."
+    )

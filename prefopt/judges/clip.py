@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from prefopt import pocket
-from prefopt.records import InputError
-from prefopt.store import content_key, tensors_key
+from prefopt.files import content_key
+from prefopt.loading import UNUSABLE, files_identity, load_complete, not_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ class ClipScorer:
     """Scores images against their prompts with a CLIP of a folder, a hub id or `pocket`; safetensors only.
 
     A prompt longer than the text encoder's window is cut at its end, and the log says how many were. Each
-    unique prompt is embedded once in the scorer's life. `identity` names the weights, for caches of scores.
+    unique prompt is embedded once.
     """
 
     def __init__(
@@ -39,23 +38,16 @@ class ClipScorer:
         device: str | torch.device = "cpu",
         batch_size: int = 32,
     ):
-        name = pocket.resolve(str(model_name_or_path), "clip")
+        name, what = pocket.resolve(str(model_name_or_path), "clip"), "CLIP with its processor"
+        # Any: transformers' annotations of what these hold are wider than what CLIP returns.
+        self.model: Any = load_complete(CLIPModel, name, what, revision).float().eval().to(device)
         try:
-            revision = revision or "main"
-            # Any: transformers' annotations of what these hold are wider than what CLIP returns.
-            model: Any = CLIPModel.from_pretrained(name, revision=revision, use_safetensors=True)
-            processor: Any = CLIPProcessor.from_pretrained(name, revision=revision)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(
-                f"{name} cannot be read as a CLIP of safetensors with its processor: {error}"
-            ) from error
-        self.model = model.float().eval().to(device)
-        self.processor = processor
+            self.processor: Any = CLIPProcessor.from_pretrained(name, revision=revision or "main")
+        except UNUSABLE as error:
+            raise not_loaded(what, name, error) from error
         self.device = device
         self.batch_size = batch_size
-        self.identity = content_key(
-            f"clip {tensors_key(self.model.state_dict())} {processor.to_json_string()}"
-        )
+        self.identity = clip_identity(model_name_or_path, revision)
         self._text: dict[str, Tensor] = {}  # prompt -> unit embedding (d,)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
@@ -87,7 +79,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def _embed(self, prompts: list[str]) -> None:
-        """Keep the unit embedding of each prompt."""
+        """Compute and keep the unit embedding of each prompt."""
         tokenizer, window = self.processor.tokenizer, self.model.config.text_config.max_position_embeddings
         if prompts:
             whole = tokenizer(prompts, truncation=False, verbose=False)["input_ids"]
@@ -103,3 +95,8 @@ class ClipScorer:
             output = self.model.get_text_features(**tokens.to(self.device))
             features = torch.nn.functional.normalize(output.pooler_output, dim=-1)
             self._text.update(zip(batch, features, strict=True))
+
+
+def clip_identity(model_name_or_path: str, revision: str | None = None) -> str:
+    """What the scores depend on, from the model's files: nothing is loaded."""
+    return content_key(f"clip {files_identity(pocket.resolve(str(model_name_or_path), 'clip'), revision)}")

@@ -1,9 +1,9 @@
-"""A vision-language model as a judge: how it is asked, how it is read, and one question at a time.
+"""A vision-language model as a judge: its prompts, how its logits are read, and one question at a time.
 
 The words are those of transformers' System One requests, so that its DecisionPipeline, `transformers serve`
-and our judges show a model the same tokens. What is read is wider: a yes is any token that spells yes, and
-the mass of all other tokens is the answer's `leaked`. With `bare_labels` the probabilities are those of
-DecisionPipeline.
+and our judges show a model the same tokens. The reading is wider: a yes is any token that spells yes, and the
+probability of all other tokens is the answer's `other_mass`. With `bare_labels` the probabilities are those
+of DecisionPipeline.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from transformers.decision.template_utils import DECISION_PROMPT, label_token_id
 from transformers.pipelines.decision import DecisionPipeline
 
 from prefopt import pocket
+from prefopt.errors import InputError
+from prefopt.files import content_key
 from prefopt.judges.questions import NO, YES, Answer, Case, Question
-from prefopt.records import InputError
-from prefopt.store import content_key, tensors_key
+from prefopt.loading import files_identity
 from prefopt.vlm.models import load_vlm
 
 SYSTEM_ONE = {"predicate": "noul", "choice": "choice", "score": "score"}
@@ -33,12 +34,8 @@ SPACES = "\u2581\u0120 "  # how SentencePiece and byte-level vocabularies write 
 Prompts = list[tuple[dict[str, Any], list[Any]]]  # of each: the model's inputs, the questions it answers
 
 
-class Respondent:
-    """A vision-language model with its processor, as one that answers questions.
-
-    `identity` names all that its answers depend on but for rounding: weights, dtype, tokenizer and processor,
-    template, labels and how they are read.
-    """
+class VlmAnswerer:
+    """A vision-language model with its processor: from a case to prompts, from logits to answers."""
 
     def __init__(
         self,
@@ -58,6 +55,7 @@ class Respondent:
         self.decision = DecisionConfig.from_pretrained(
             name, revision=revision, _raise_exceptions_for_connection_errors=False
         )
+        self.identity = vlm_identity(model_name_or_path, revision, dtype=dtype, bare_labels=bare_labels)
         if self.decision.adapter:
             raise InputError(f"{name} keeps an adapter in {self.decision.adapter}; merge it into the model")
         self.model = model.eval()
@@ -66,7 +64,6 @@ class Respondent:
         self.processor.image_processor = self._image = _OneImage(self.processor.image_processor)
         self.bare_labels = bare_labels
         self.spellings = {} if bare_labels else _spellings(self.tokenizer)
-        self.identity = self._identity()
         self.model.to(device)  # pyright: ignore[reportArgumentType] (its decorator hides the signature)
 
     def prompts(self, case: Case) -> Prompts:
@@ -86,7 +83,7 @@ class Respondent:
         return prompts
 
     def read(self, questions: Sequence[Question], asked: Sequence[Any], logits: Tensor) -> list[Answer]:
-        """Answers from the next token's logits (questions, vocabulary); `asked` came with the prompts."""
+        """Answers from the next token's logits (questions, vocabulary); `asked` comes from `prompts`."""
         return [
             self._answer(question, parsed, scores)
             for question, parsed, scores in zip(questions, asked, logits, strict=True)
@@ -100,8 +97,8 @@ class Respondent:
         if question.type == "predicate":
             by_option = dict(zip(parsed.options, p, strict=True))
             p = [by_option["true"], by_option["false"]]
-        leaked = max(0.0, 1 - float(mass.logsumexp(0).exp()))
-        return Answer(dict(zip(question.options, p, strict=True)), leaked)
+        other_mass = max(0.0, 1 - float(mass.logsumexp(0).exp()))
+        return Answer(dict(zip(question.options, p, strict=True)), other_mass)
 
     def _tokens(self, parsed: Any) -> list[list[int]]:
         """The tokens that count for each option; the labels of a choice or score are single letters."""
@@ -112,30 +109,33 @@ class Respondent:
         except ValueError as error:
             raise InputError(f"{self.name} cannot be asked a {parsed.type}: {error}") from error
 
-    def _identity(self) -> str:
-        parts = {
-            "weights": tensors_key(self.model.state_dict()),
-            "dtype": str(self.model.dtype),
-            "tokenizer": sorted(self.tokenizer.get_vocab().items()),
-            "processor": type(self.processor).__name__,
-            "images": self._image.wrapped.to_dict(),
-            "template": self.processor.chat_template,
-            "prompt": [request(Case(Image.new("RGB", (1, 1)), "", ()))["state"], DECISION_PROMPT],
-            "decision": vars(self.decision),
-            "read": self.spellings or "bare labels",
-        }
-        return content_key(json.dumps(parts, sort_keys=True, default=str))
+
+def vlm_identity(
+    model_name_or_path: str,
+    revision: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bare_labels: bool = False,
+) -> str:
+    """All that a VLM's answers depend on but for rounding, from its files: nothing is loaded.
+
+    Weights, tokenizer, processor, template and labels are in the files; the rest is how it is asked and read.
+    """
+    name = pocket.resolve(str(model_name_or_path), "llava")
+    asked = [request(Case(Image.new("RGB", (1, 1)), "", ()))["state"], DECISION_PROMPT]
+    read = "bare labels" if bare_labels else "all spellings"
+    return content_key(json.dumps([files_identity(name, revision), str(dtype), asked, read]))
 
 
 class DecisionJudge:
     """Any chat model through transformers' DecisionPipeline: a forward pass of prompt and image per question.
 
-    `model` is a Respondent, or what makes one: a name or folder, and `loading` the rest.
+    `model` is a VlmAnswerer, or the name of a model, with `loading` for the rest of VlmAnswerer's arguments.
     """
 
-    def __init__(self, model: str | Respondent = "pocket", **loading: Any):
-        self.respondent = model if isinstance(model, Respondent) else Respondent(model, **loading)
-        self.identity = self.respondent.identity
+    def __init__(self, model: str | VlmAnswerer = "pocket", **loading: Any):
+        self.answerer = model if isinstance(model, VlmAnswerer) else VlmAnswerer(model, **loading)
+        self.identity = self.answerer.identity
         self._pipeline: _WholeLogits | None = None
 
     def answer(self, cases: Sequence[Case]) -> list[list[Answer]]:
@@ -144,27 +144,27 @@ class DecisionJudge:
 
     def _one(self, case: Case) -> list[Answer]:
         if self._pipeline is None:
-            model = self.respondent.model
-            self._pipeline = _WholeLogits(respondent=self.respondent, model=model, device=model.device)
+            model = self.answerer.model
+            self._pipeline = _WholeLogits(answerer=self.answerer, model=model, device=model.device)
         whole: Any = self._pipeline(case)
-        return self.respondent.read(case.questions, whole["asked"], whole["logits"])
+        return self.answerer.read(case.questions, whole["asked"], whole["logits"])
 
 
 class _WholeLogits(DecisionPipeline):
-    """DecisionPipeline up to the labels: all of the next token's logits, for a wider reading of them."""
+    """DecisionPipeline without its reading of labels: all of the next token's logits."""
 
-    def __init__(self, *args: Any, respondent: Respondent, **kwargs: Any):
-        self.respondent = respondent
+    def __init__(self, *args: Any, answerer: VlmAnswerer, **kwargs: Any):
+        self.answerer = answerer
         super().__init__(
             *args,
-            tokenizer=respondent.tokenizer,
-            processor=respondent.processor,
-            decision_config=respondent.decision,
+            tokenizer=answerer.tokenizer,
+            processor=answerer.processor,
+            decision_config=answerer.decision,
             **kwargs,
         )
 
     def preprocess(self, case: Case) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return {"prompts": self.respondent.prompts(case)}
+        return {"prompts": self.answerer.prompts(case)}
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
         logits = []
@@ -226,7 +226,7 @@ class _OneImage:
         self.forget()
 
     def forget(self) -> None:
-        """The next image is another one."""
+        """Before another image."""
         self._result: BatchFeature | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:

@@ -18,8 +18,8 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from prefopt.endpoint import Unfit, chat_text
+from prefopt.errors import InputError
 from prefopt.judges.questions import NO, YES, Answer, Question
-from prefopt.records import InputError
 
 Api = Literal["systemone", "decisions", "logprobs", "text"]
 
@@ -63,7 +63,7 @@ def words(question: Question, prompt: str) -> str:
 
 def unreadable(question: Question) -> Answer:
     """An answer that says nothing: never a yes, never a no."""
-    return Answer(dict.fromkeys(question.options, 1 / len(question.options)), leaked=1.0)
+    return Answer(dict.fromkeys(question.options, 1 / len(question.options)), other_mass=1.0)
 
 
 def read_text(question: Question, text: str) -> Answer:
@@ -102,7 +102,7 @@ def read_tokens(question: Question, listed: Sequence[tuple[str, float]]) -> Answ
         return unreadable(question)
     unseen = max(0.0, min(min(seen), 1 - sum(seen)))
     answer = _shares(question, {option: p or unseen for option, p in mass.items()})
-    return Answer(answer.probabilities, leaked=min(1.0, max(0.0, 1 - found)))
+    return Answer(answer.probabilities, other_mass=min(1.0, max(0.0, 1 - found)))
 
 
 def _systemone_body(model: str, request: Request) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The judge behind HTTP: any server that answers questions about images, asked in the best way it knows."""
+"""The judge behind HTTP: any server that answers questions about images, by the best route that it has."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Literal
 from PIL import Image
 
 from prefopt.endpoint import ABSENT, Endpoint, Refused, Unfit, in_parallel
+from prefopt.errors import InputError
+from prefopt.files import content_key
 from prefopt.judges.dialects import DIALECTS, Api, Request
 from prefopt.judges.questions import Answer, Case, Question
-from prefopt.records import InputError
-from prefopt.store import content_key
 
 logger = logging.getLogger(__name__)
 
-NO_LOGPROBS = (400, 403, 422)  # what a server without log-probabilities may say to who asks for them
+NO_LOGPROBS = (400, 403, 422)  # what a server without log-probabilities may answer to a request for them
 
 # One of each type, so that the identity changes with any wording.
 _SAMPLES = (
@@ -30,12 +30,12 @@ _SAMPLES = (
 
 
 class EndpointJudge:
-    """Answers through a server at `url` that runs `model`; see `prefopt.judges.dialects` for the ways.
+    """Answers through a server at `url` that runs `model`; `prefopt.judges.dialects` has the routes.
 
-    `auto` asks one small question in each way, from the first on, and takes the first one that the server
-    has. All questions of a case go into one request where the way allows it. Answers that cannot be read
-    count in `unreadable`; they are 'Nan', never a yes. `identity` holds the way, the words and the model's
-    name, not the address: the server alone knows what it runs under a name, so a new model needs a new one.
+    `auto` sends one small question by each route, from the first on, and takes the first one that the server
+    has. All questions of a case go into one request where the route allows it. Answers that cannot be read
+    count in `unreadable`; they are 'Nan', never a yes. `identity` holds the route, the words and the model's
+    name, not the address: the server alone knows what it runs under a name, so a new model needs a new name.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class EndpointJudge:
         raise InputError(f"no way to ask {self.model} at {self.endpoint.url}: {'; '.join(refusals)}")
 
     def _count(self, answers: list[list[Answer]]) -> None:
-        unclear = sum(answer.leaked > 0.5 for case in answers for answer in case)
+        unclear = sum(answer.other_mass > 0.5 for case in answers for answer in case)
         self.answered += sum(map(len, answers))
         self.unreadable += unclear
         if unclear:

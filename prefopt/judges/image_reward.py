@@ -9,7 +9,6 @@ the hub; scripts/convert_image_reward.py makes one of the published tensors.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,9 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     BertTokenizer,
@@ -30,8 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from prefopt.records import InputError
-from prefopt.store import content_key, tensors_key
+from prefopt.loading import UNUSABLE, load_complete, not_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -90,35 +86,14 @@ class ImageRewardScorer:
         device: str | torch.device = "cpu",
         batch_size: int = 32,
     ):
-        name, revision = str(model_name_or_path), revision or "main"
+        name, what = str(model_name_or_path), f"ImageReward as {CONVERTER} writes it"
+        self.model: Any = load_complete(ImageRewardModel, name, what, revision).float().eval().to(device)
         try:
-            loaded: Any = ImageRewardModel.from_pretrained(
-                name, revision=revision, use_safetensors=True, output_loading_info=True
-            )
-            self.images: Any = CLIPImageProcessorPil.from_pretrained(name, revision=revision)
-            self.tokenizer: Any = BertTokenizer.from_pretrained(name, revision=revision)
-        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-            raise InputError(
-                f"{name} cannot be read as an ImageReward as {CONVERTER} writes it: {error}"
-            ) from error
-        self.model, info = loaded
-        if missing := sorted(info["missing_keys"]):  # transformers draws them at random
-            raise InputError(
-                f"the weights of {name} lack {len(missing)} tensors of an ImageReward, {missing[0]} among "
-                f"them; make the folder again with {CONVERTER}"
-            )
-        self.model.float().eval().to(device)
+            self.images: Any = CLIPImageProcessorPil.from_pretrained(name, revision=revision or "main")
+            self.tokenizer: Any = BertTokenizer.from_pretrained(name, revision=revision or "main")
+        except UNUSABLE as error:
+            raise not_loaded(what, name, error) from error
         self.device, self.batch_size = device, batch_size
-        parts = [
-            MODEL_TYPE,
-            tensors_key(self.model.state_dict()),
-            self.model.config.mean,
-            self.model.config.std,
-            self.model.config.prompt_tokens,
-            self.images.to_dict(),
-            sorted(self.tokenizer.get_vocab().items()),
-        ]
-        self.identity = content_key(json.dumps(parts, sort_keys=True, default=str))
 
     @torch.no_grad()
     def rewards(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Typed questions about an image and its prompt, and their answers as probabilities: what a judge is asked.
+"""Typed questions about an image and its prompt, and a judge's answers to them as probabilities.
 
 The three types are those of the System One API: a predicate (it calls them `noul`), a choice, a score.
 """
@@ -36,12 +36,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a judge thinks of each option of one question."""
+    """A judge's answer to one question, as a probability for each option."""
 
     probabilities: dict[str, float]  # option -> p; they sum to 1
-    leaked: float = (
-        0.0  # share of the next token's mass on anything but the options, before that; 0 if unknown
-    )
+    # The share of the next token's probability on anything but the options; 0 if unknown.
+    other_mass: float = 0.0
 
     @property
     def log_odds(self) -> float:
@@ -51,8 +50,8 @@ class Answer:
 
     @property
     def verdict(self) -> str | None:
-        """The likeliest option; None ('Nan') if it ties, or if most of the mass leaked to other tokens."""
-        if self.leaked > 0.5:
+        """The likeliest option; None ('Nan') if it ties, or if most of the mass is on other tokens."""
+        if self.other_mass > 0.5:
             return None
         best = max(self.probabilities.values())
         winners = [option for option, p in self.probabilities.items() if p == best]
@@ -60,7 +59,7 @@ class Answer:
 
 
 class Judge(Protocol):
-    """Whoever answers; `identity` changes with whatever the answers depend on (weights, dtype, template)."""
+    """Anything that answers questions; `identity` changes with all that its answers depend on."""
 
     identity: str
 

@@ -16,20 +16,20 @@ from PIL import Image
 from scipy.special import expit
 from transformers import PreTrainedConfig
 
+from prefopt.errors import InputError
+from prefopt.files import content_key
 from prefopt.judges.clip import ClipScorer
 from prefopt.judges.image_reward import CONVERTER, MODEL_TYPE, ImageRewardScorer
 from prefopt.judges.questions import NO, YES, Answer, Case, Question
 from prefopt.judges.rubric import Rubric
-from prefopt.records import InputError
-from prefopt.store import content_key
+from prefopt.loading import files_identity
 
 RUBRIC = "reward"
 
 
 class RewardModel(Protocol):
-    """Whoever gives images rewards for their prompts; `identity` changes with whatever they depend on."""
+    """Anything that gives images rewards for their prompts."""
 
-    identity: str
     model: Any  # the nn.Module
 
     def rewards(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
@@ -48,10 +48,15 @@ def reward_type(name_or_path: str, revision: str | None = None) -> str | None:
         return None
     try:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision or "main")
-    except (OSError, ValueError):  # whoever loads it can say what it should have been
+    except (OSError, ValueError):  # what loads it can say what it should have been
         return None
     kind = config.get("model_type")
     return kind if kind in REWARD_MODELS else None
+
+
+def reward_identity(name: str, revision: str | None = None) -> str:
+    """What the rewards depend on, from the model's files: nothing is loaded."""
+    return content_key(f"reward {files_identity(name, revision)}")
 
 
 def check_questions(name: str, questions: Sequence[Question]) -> None:
@@ -80,18 +85,15 @@ class RewardJudge:
     of a float64 from r - r_empty = 38 on, where the pocket's CLIP has its best images, and would tie them.
     """
 
-    def __init__(self, model: str | RewardModel, revision: str | None = None, **loading: Any):
-        if isinstance(model, str):
-            kind = reward_type(model, revision)
-            if kind is None:
-                raise InputError(
-                    f"{model} is no folder or hub id of a reward model; those have a config.json that says "
-                    f"{' or '.join(map(repr, REWARD_MODELS))} ({CONVERTER} makes the latter)"
-                )
-            self.name, self.scorer = model, REWARD_MODELS[kind](model, revision, **loading)
-        else:
-            self.name, self.scorer = type(model).__name__, model
-        self.identity = content_key(f"reward {self.scorer.identity}")
+    def __init__(self, model: str, revision: str | None = None, **loading: Any):
+        kind = reward_type(model, revision)
+        if kind is None:
+            raise InputError(
+                f"{model} is no folder or hub id of a reward model; those have a config.json that says "
+                f"{' or '.join(map(repr, REWARD_MODELS))} ({CONVERTER} makes the latter)"
+            )
+        self.name, self.scorer = model, REWARD_MODELS[kind](model, revision, **loading)
+        self.identity = reward_identity(model, revision)
 
     def answer(self, cases: Sequence[Case]) -> list[list[Answer]]:
         """The answer of each case, if it has a question."""

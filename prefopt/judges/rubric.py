@@ -19,12 +19,12 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from prefopt.errors import InputError
 from prefopt.judges.questions import NO, YES, Answer, Question
-from prefopt.records import InputError
 
 RUBRICS = Path(__file__).with_name("rubrics")
 Polarity = Literal["positive", "negative"]
-Check = Literal["presence", "count", "colour"]  # what a detector answers, data_builders/checks.py
+Check = Literal["presence", "count", "colour"]  # a detector's, data_builders/images/detector_checks.py
 Soft = Literal["tanh", "log_odds"]  # what is made of d
 
 
@@ -78,7 +78,7 @@ class Rubric:
 
     @classmethod
     def load(cls, name_or_path: str) -> Rubric:
-        """The rubric of a YAML file, or one of our own by its name: `class_conditional`."""
+        """The rubric of a YAML file, or one of ours by its name: `class_conditional`."""
         path = RUBRICS / f"{name_or_path}.yaml" if "/" not in name_or_path else Path(name_or_path)
         path = path if path.is_file() else Path(name_or_path)
         try:
@@ -95,7 +95,7 @@ class Rubric:
         )
 
     def questions(self, class_name: str, prompt: str) -> tuple[Question, ...]:
-        """What a judge is asked about an image of this class, made for this prompt."""
+        """The judge's questions about an image of this class, made for this prompt."""
         return tuple(
             Question(item.name, item.text.replace("{class}", class_name).replace("{prompt}", prompt))
             for item in self.items
@@ -106,6 +106,11 @@ class Rubric:
     def checks(self) -> tuple[Item, ...]:
         """The items that a detector answers."""
         return tuple(item for item in self.items if item.check is not None)
+
+    @property
+    def needs_class(self) -> bool:
+        """Whether a question names the class of the image."""
+        return any("{class}" in item.text for item in self.items)
 
     @property
     def soft_decides(self) -> bool:
@@ -137,9 +142,8 @@ class Rubric:
         missing = [item.name for item in self.items if item.name not in verdicts]
         if missing:
             raise ValueError(f"no answer to {', '.join(missing)}")
-        asked: dict[
-            str, bool
-        ] = {}  # whether a question counts: all its needs count, and none was answered no
+        # Whether a question counts: all its needs count, and none was answered no.
+        asked: dict[str, bool] = {}
         for item in self.order:
             asked[item.name] = all(asked[need] and verdicts[need] != NO for need in item.needs)
         return {

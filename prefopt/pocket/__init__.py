@@ -1,21 +1,22 @@
 """The embedded default, `pocket` where a model is named: a drawn world and models for a laptop's CPU.
 
-This file imports no torch; `world` draws and words the scenes, `oracle` judges them for evaluation alone, and
-`pretraining` is how the weights were made (PROVENANCE.json).
+This file imports no torch. `world` renders and captions the scenes, `oracle` judges them for evaluation
+alone; how the weights were trained is in PROVENANCE.json and scripts/pocket/.
 """
 
 from pathlib import Path
 from typing import Literal, get_args
 
-from prefopt.records import InputError
+from prefopt.errors import InputError
 
 Part = Literal["text_to_image", "clip", "oracle", "pairs", "yolo_world", "llava"]
 
+NAME = "pocket"
 _HERE = Path(__file__).parent
 
 
 def folder(part: str) -> Path:
-    """Where a part lies: a pipeline, a CLIP, the oracle, or a dataset of pairs."""
+    """The folder of a part: a pipeline, a CLIP, the oracle, a dataset of pairs, ..."""
     if part not in get_args(Part):
         raise InputError(f"the pocket has no part {part!r}; its parts are {', '.join(get_args(Part))}")
     return _HERE / "weights" / part
@@ -23,4 +24,18 @@ def folder(part: str) -> Path:
 
 def resolve(name_or_path: str, part: str) -> str:
     """`pocket` becomes the folder of its `part`; any other name stays as it is."""
-    return str(folder(part)) if name_or_path == "pocket" else name_or_path
+    return str(folder(part)) if name_or_path == NAME else name_or_path
+
+
+def fill_defaults(config: object, model: str, *options: str) -> None:
+    """Set options that were left out to `pocket`, if that is the model too; for another, they are required.
+
+    InputError that names the missing option: a real model is never trained on the pocket's pictures unasked.
+    """
+    for option in options:
+        if getattr(config, option) is None:
+            if model != NAME:
+                raise InputError(
+                    f"--{option} is missing: only the model `{NAME}` has a default for it, not {model}"
+                )
+            setattr(config, option, NAME)

@@ -12,9 +12,9 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
+from prefopt.errors import InputError
 from prefopt.pocket.drawing import ANIMALS, COLOURS, draw_scene
 from prefopt.pocket.scenery import CANVAS, PLACES
-from prefopt.records import InputError
 
 SIZE = 64
 COUNTS = (1, 2, 3)

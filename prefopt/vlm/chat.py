@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from prefopt.records import InputError
+from prefopt.errors import InputError
 from prefopt.vlm.pairs import VisionPair
+from prefopt.vlm.scoring import sides
 
 
 class Texts(NamedTuple):
@@ -31,8 +32,9 @@ class PairCollator:
     """Makes the plain duplicated batch: all prompts with their chosen completion, then all with the rejected.
 
     Of B pairs: `input_ids`, `attention_mask`, `completion_mask` (2B, length), padded on the right; the
-    images' tensors twice over, in the rows' order; `item` (B,). A sequence over `max_length` loses the end of
-    its completion; a prompt that leaves no room for one is an InputError, since its images cannot be cut.
+    images' tensors twice over, in the rows' order; `tokens`, the completions' lengths, `ranks` and `mask`
+    (B, 2), `item` (B,), and `p_chosen` (B,) if the pairs have it. A sequence over `max_length` loses the end
+    of its completion; a prompt that leaves no room for one is an InputError, since its images cannot be cut.
     """
 
     def __init__(self, processor: ProcessorMixin, *, max_length: int | None = None):
@@ -60,7 +62,12 @@ class PairCollator:
             "attention_mask": _padded([[1] * (p + c) for p, c in lengths], 0),
             "completion_mask": _padded([[0] * p + [1] * c for p, c in lengths], 0),
             "item": torch.tensor([example["item"] for example in examples]),
+            "tokens": sides(torch.tensor([completion for _, completion in lengths])),
+            "ranks": torch.tensor([[1, 2]]).expand(len(examples), -1),
+            "mask": torch.ones(len(examples), 2, dtype=torch.bool),
         }
+        if examples[0]["p_chosen"] is not None:
+            batch["p_chosen"] = torch.tensor([example["p_chosen"] for example in examples])
         for name, values in per_token.items():
             kinds = [value + [0] * c for value, (_, c) in zip(values * 2, lengths, strict=True)]
             batch[name] = _padded(kinds, 0)

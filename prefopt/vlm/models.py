@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from prefopt.adapters import POLICY, REFERENCE, LoraArguments, lora_config
-from prefopt.records import InputError
+from prefopt.adapters import POLICY, REFERENCE, lora_config
+from prefopt.config import LoraArguments
+from prefopt.errors import InputError
+from prefopt.loading import UNUSABLE, first_line, load_complete, not_loaded
 
 ADAPTER_FILE = "adapter_model.safetensors"
-# What transformers, peft and the hub's client raise for a name or a file that is not what it should be.
-UNUSABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+VLM = "vision-language model"
 
 
 def load_vlm(
@@ -37,19 +37,17 @@ def load_vlm(
         processor = AutoProcessor.from_pretrained(
             model_name_or_path, revision=revision, trust_remote_code=False
         )
-        model = AutoModelForImageTextToText.from_pretrained(
-            model_name_or_path,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
     except UNUSABLE as error:
-        raise InputError(
-            f"no vision-language model could be loaded from {model_name_or_path!r}: {_first_line(error)} "
-            "Name a folder that save_pretrained wrote, or a hub id"
-        ) from error
+        raise not_loaded(VLM, model_name_or_path, error) from error
+    model = load_complete(
+        AutoModelForImageTextToText,
+        model_name_or_path,
+        VLM,
+        revision,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=False,
+    )
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise InputError(f"{model_name_or_path} has a {type(processor).__name__}, which reads no images")
     if processor.chat_template is None:
@@ -71,9 +69,10 @@ def language_model_name(model: nn.Module) -> str:
 
 
 def add_lora(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
-    """The model with a fresh LoRA adapter on its language model; vision tower and projector never get one.
+    """The model with a fresh LoRA adapter on its language model; never on vision tower and projector.
 
-    Layers are named by `--lora_target_modules`, by default every linear one; if none is found, an InputError.
+    The layers are those of `--lora_target_modules`, by default every linear one; if none is found, an
+    InputError.
     """
     outside = rf"(?!{re.escape(language_model_name(model))}\.).*"
     config = lora_config(arguments, "all-linear", exclude_modules=outside, task_type="CAUSAL_LM")
@@ -84,7 +83,7 @@ def add_lora(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
 
 
 def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
-    """The model with a trained adapter to train on, and a frozen copy of it as the reference.
+    """The model with a trained adapter to continue from, and a frozen copy of it as the reference.
 
     `adapter` is a folder or a hub id, in peft's format; one that does not fit the model is an InputError.
     """
@@ -96,7 +95,7 @@ def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
         policy.load_adapter(folder, REFERENCE)
     except UNUSABLE as error:
         raise InputError(
-            f"the adapter {adapter} does not fit {type(model).__name__}: {_first_line(error)}"
+            f"the adapter {adapter} does not fit {type(model).__name__}: {first_line(error)}"
         ) from error
     if difference := _difference(policy, Path(folder, ADAPTER_FILE)):
         raise InputError(f"the adapter {adapter} does not fit {type(model).__name__}: {difference}")
@@ -134,13 +133,9 @@ def _adapter_folder(adapter: str) -> str:
         except UNUSABLE as error:
             raise InputError(
                 f"no adapter {adapter!r}: no such folder here, and as a hub id it could not be loaded "
-                f"({_first_line(error)})"
+                f"({first_line(error)})"
             ) from error
     missing = [name for name in ("adapter_config.json", ADAPTER_FILE) if not Path(folder, name).is_file()]
     if missing:
         raise InputError(f"{adapter} is no adapter in peft's format: it has no {' and no '.join(missing)}")
     return folder
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]

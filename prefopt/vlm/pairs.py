@@ -8,7 +8,6 @@ out is a placeholder, too.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +17,11 @@ import datasets
 import pyarrow
 import pyarrow.compute
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from prefopt.records import InputError, image_bytes, load
+from prefopt.errors import InputError
+from prefopt.images import open_image
+from prefopt.records import image_bytes, load, table_folder
 
 TEXTS = ("prompt", "chosen", "rejected")
 ROLES = ("system", "user", "assistant")
@@ -35,24 +36,28 @@ class VisionPair(TypedDict):
     prompt: list[dict]
     chosen: list[dict]
     rejected: list[dict]
+    p_chosen: float | None  # how likely the chosen is the better one, if the table says so
 
 
 class VisionPairs(torch.utils.data.Dataset):
     """Pairs to train on, indexed with (index, visit); nothing here is random, so all visits are alike.
 
-    Every row's text and number of images is checked here, before training; the images are opened when they
-    are read. A pair with the same text on both sides is a tie: dropped and counted in `dropped`.
+    Every row's text and number of images is checked at the start; the images are opened when they are read.
+    A pair with the same text on both sides is a tie: dropped and counted in `dropped`.
     """
 
     def __init__(self, rows: datasets.Dataset, source: str, *, image_token: str = "<image>"):
         self.column = _image_column(rows, source)
+        self.soft_labels = "p_chosen" in rows.column_names
+        self.columns = [*TEXTS, *(["p_chosen"] if self.soft_labels else [])]
         # Arrow's cells are the encoded bytes; a cast to undecoded images would copy the whole table.
-        self.rows = rows.select_columns([self.column, *TEXTS]).with_format("arrow")
+        self.rows = rows.select_columns([self.column, *self.columns]).with_format("arrow")
         self.source, self.image_token = source, image_token
         self.items: list[int] = []  # numbers of the kept rows
         self.dropped: Counter[str] = Counter()
         for item, (row, images) in enumerate(self._texts()):
             _, chosen, rejected = self._messages(row, images, item)
+            self._p_chosen(row, item)
             if _said(chosen) == _said(rejected):
                 self.dropped["tie"] += 1
             else:
@@ -76,9 +81,8 @@ class VisionPairs(torch.utils.data.Dataset):
         inside = Path(self.source).resolve() if Path(self.source).is_dir() else None
         images = [_picture(cell, where, inside) for cell in _listed(row[self.column])]
         prompt, chosen, rejected = self._messages(row, len(images), item)
-        return VisionPair(
-            item=item, where=where, images=images, prompt=prompt, chosen=chosen, rejected=rejected
-        )
+        sides: Any = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        return VisionPair(item=item, where=where, images=images, **sides, p_chosen=self._p_chosen(row, item))
 
     def _texts(self) -> Iterator[tuple[dict, int]]:
         """Each row's texts and number of images, read off the table's offsets: the pixels stay on disk."""
@@ -89,12 +93,19 @@ class VisionPairs(torch.utils.data.Dataset):
                 lengths = cells.is_valid().to_pylist()
             else:
                 lengths = pyarrow.compute.call_function("list_value_length", [cells]).to_pylist()
-            for row, length in zip(table.select(TEXTS).to_pylist(), lengths, strict=True):
+            for row, length in zip(table.select(self.columns).to_pylist(), lengths, strict=True):
                 yield row, int(length or 0)
 
     def where(self, item: int) -> str:
         """What an error calls a row."""
         return f"{self.source}: row {item}"
+
+    def _p_chosen(self, row: Any, item: int) -> float | None:
+        p_chosen = row.get("p_chosen")
+        if self.soft_labels and not (isinstance(p_chosen, float) and 0 <= p_chosen <= 1):
+            where = self.where(item)
+            raise InputError(f"{where} has the p_chosen {p_chosen!r}; it is a probability between 0 and 1")
+        return p_chosen
 
     def _messages(self, row: Any, images: int, item: int) -> tuple[list[dict], list[dict], list[dict]]:
         where, token = self.where(item), self.image_token
@@ -114,6 +125,7 @@ def read_vision_pairs(
     image_token: str = "<image>",
 ) -> VisionPairs:
     """The pairs of a local folder or a hub id; `image_token` is how the processor spells an image in text."""
+    source = table_folder(source, config)
     rows = load(source, split=split, config=config, revision=revision)
     return VisionPairs(rows, source, image_token=image_token)
 
@@ -143,11 +155,7 @@ def _listed(cell: Any) -> list:
 def _picture(cell: Any, where: str, inside: Path | None) -> Image.Image:
     """The image of a cell, upright and in RGB; one that cannot be read, or of 1 x 1, is an InputError."""
     cell = {"bytes": None, "path": cell} if isinstance(cell, str) else cell
-    content = image_bytes(cell, f"{where}, images", inside)
-    try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where} has an image that cannot be decoded ({error}); drop the row") from error
+    picture = open_image(image_bytes(cell, f"{where}, images", inside), f"{where}, images")
     if min(picture.size) < 2:
         raise InputError(f"{where} has an image of {picture.width} x {picture.height} pixels; drop the row")
     return picture

@@ -1,12 +1,12 @@
-"""How many pairs a second a step of Diffusion-DPO trains: encoding in the step, against kept encodings.
+"""How many pairs a second a step of Diffusion-DPO trains: encoding in the step, against cached encodings.
 
     python scripts/bench/diffusion_dpo.py --size half-sd15
     python scripts/bench/diffusion_dpo.py --size sdxl --batch 4 --dtype bfloat16
 
 Three steps take turns in one run, on the same model, LoRA, batch and precision:
   plain            VAE and text encoder in the step, reference computed in the step: what today's scripts do
-  kept encodings   latents and embeddings from the store on disk, reference computed in the step
-  kept reference   the same, with the reference's scores from the store as well
+  cached encodings latents and embeddings from the store on disk, reference computed in the step
+  cached reference the same, with the reference's scores from the store as well
 The plain step is given decoded pixels, contiguous as those scripts make them, so reading images counts for
 neither side. Prints JSON, of medians; a ratio is taken turn by turn, so that a machine that slows down slows
 both.
@@ -35,13 +35,16 @@ from PIL import Image
 from shapes import RESOLUTION, build
 from torch.utils.data import DataLoader
 
-from prefopt.adapters import LoraArguments, lora_config, reference
-from prefopt.diffusion.denoiser import ATTENTION, Denoiser
-from prefopt.diffusion.latents import EncodedCandidates, Encoder, prepare_image, scaling_of
-from prefopt.diffusion.training import denoising_scores
+from prefopt.adapters import lora_config
+from prefopt.config import LoraArguments
+from prefopt.diffusion.denoiser import Denoiser
+from prefopt.diffusion.latents import EncodedCandidates, Encoder, prepare_image
+from prefopt.diffusion.lora import add_lora
+from prefopt.diffusion.training import DenoisingScore
 from prefopt.draws import draw
 from prefopt.losses import Pair, dpo_loss
 from prefopt.records import Table, read_pairs
+from prefopt.reference import adapters_off
 from prefopt.runs import versions
 
 BETA = 2500.0
@@ -54,24 +57,26 @@ class Bench:
     def __init__(self, size: str, batch: int, dtype: str, device: torch.device, folder: Path):
         self.batch, self.device, self.resolution = batch, device, RESOLUTION[size]
         self.autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
-        self.pipeline = build(size)
+        self.pipeline: Any = build(size)
         self.table = random_pairs(folder / "pairs", 4 * batch, self.resolution)
         for part in ("vae", "text_encoder", "text_encoder_2"):
             module = getattr(self.pipeline, part, None)
             if module is not None:
                 module.requires_grad_(False).eval().to(device, DTYPES[dtype])
         self.denoiser = Denoiser(self.pipeline)
-        self.denoiser.unet.to(DTYPES[dtype])
-        self.denoiser.add_lora(lora_config(LoraArguments(), ATTENTION))
+        self.family = self.denoiser.family
+        self.denoiser.network.to(DTYPES[dtype])
+        add_lora(self.denoiser.network, lora_config(LoraArguments(), list(self.family.lora_targets)))
         self.denoiser.to(device).train()
         trained = [p for p in self.denoiser.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
-        encoder = Encoder(self.pipeline, folder / "cache", self.resolution, batch_size=2)
+        encoder = Encoder(self.pipeline, folder / "cache", self.resolution, self.family, batch_size=2)
         self.examples = EncodedCandidates(
             self.table,
             encoder.images(self.table, mirrored=False),
             encoder.prompts(self.table.facts["prompt"]),
-            scaling=scaling_of(self.pipeline),
+            scaling=self.family.scaling(self.pipeline),
+            per_candidate=self.family.per_candidate,
             seed=0,
         )
         images = [self.table.images(row) for row in range(len(self.table))]
@@ -81,7 +86,7 @@ class Bench:
             ).contiguous()
             for pair in images
         ]
-        self.stored = [self._reference(self._kept(step)).cpu() for step in range(4)]
+        self.stored = [self._reference(self._cached(step)).cpu() for step in range(4)]
 
     def plain(self, step: int) -> None:
         """Encode, score, score the reference, and take an optimizer step."""
@@ -89,7 +94,7 @@ class Bench:
         pixels = torch.cat([self.pixels[row] for row in rows]).to(self.device, self.pipeline.vae.dtype)
         with torch.no_grad():
             moments = self.pipeline.vae.encode(pixels).latent_dist
-            shift, factor = scaling_of(self.pipeline)
+            shift, factor = self.family.scaling(self.pipeline)
             latents = (moments.sample().float() - shift) * factor
             conditioning = self._encode_prompts([self.table.facts[row]["prompt"] for row in rows])
         draws = [draw(0, row, 0, shape=self.examples.shape) for row in rows]
@@ -102,36 +107,34 @@ class Bench:
         inputs = moved(inputs, self.device)
         self._train(inputs, self._reference(inputs))
 
-    def kept_encodings(self, step: int) -> None:
+    def cached_encodings(self, step: int) -> None:
         """The same from the stores, with the reference computed."""
-        inputs = self._kept(step)
+        inputs = self._cached(step)
         self._train(inputs, self._reference(inputs))
 
-    def kept_reference(self, step: int) -> None:
+    def cached_reference(self, step: int) -> None:
         """The same from the stores, the reference's scores included."""
-        self._train(self._kept(step), self.stored[step % 4].to(self.device))
+        self._train(self._cached(step), self.stored[step % 4].to(self.device))
 
     def _rows(self, step: int) -> range:
         return range(step % 4 * self.batch, (step % 4 + 1) * self.batch)
 
-    def _kept(self, step: int) -> dict[str, Any]:
+    def _cached(self, step: int) -> dict[str, Any]:
         order = [(row, 0) for row in self._rows(step)]
         return moved(next(iter(DataLoader(self.examples, self.batch, sampler=order))), self.device)
 
     def _encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        encoded = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
-        if len(encoded) == 2:
-            return {"embeddings": encoded[0]}
+        encoded = self.family.encode_prompts(self.pipeline, prompts)
         sizes = torch.tensor([self.resolution, self.resolution, 0, 0, self.resolution, self.resolution])
-        return {"embeddings": encoded[0], "pooled": encoded[2], "sizes": sizes.expand(self.batch, 2, 6)}
+        return encoded | {name: sizes.expand(self.batch, 2, 6) for name in self.family.per_candidate}
 
     def _reference(self, inputs: dict[str, Any]) -> torch.Tensor:
-        with torch.no_grad(), reference(self.denoiser) as model, self.autocast:
-            return denoising_scores(model, inputs)
+        with torch.no_grad(), adapters_off(self.denoiser) as model, self.autocast:
+            return DenoisingScore()(model, inputs).scores
 
     def _train(self, inputs: dict[str, Any], reference_scores: torch.Tensor) -> None:
         with self.autocast:
-            policy = denoising_scores(self.denoiser, inputs)
+            policy = DenoisingScore()(self.denoiser, inputs).scores
         pair, other = Pair(*policy.unbind(1)), Pair(*reference_scores.unbind(1))
         dpo_loss(pair, other, beta=BETA).losses.mean().backward()
         self.optimizer.step()
@@ -191,8 +194,8 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
     """Seconds a step and peak memory of the three steps, taking turns."""
     steps: dict[str, Callable[[int], None]] = {
         "plain": bench.plain,
-        "kept encodings": bench.kept_encodings,
-        "kept reference": bench.kept_reference,
+        "cached encodings": bench.cached_encodings,
+        "cached reference": bench.cached_reference,
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     memory: dict[str, list[float]] = {name: [] for name in steps}

@@ -1,16 +1,16 @@
-"""How long a judge takes for a rubric's ten questions about one image: packed, and one question at a time.
+"""How long a judge takes for a rubric's ten questions about one image: all in one row, and one at a time.
 
     python scripts/bench/judge.py
     python scripts/bench/judge.py --size 7b --device cuda --dtype bfloat16
 
 Three ways take turns in one run, on the same weights, image and words:
-  packed         our judge, from the image to the answers: one reading of it, then all questions in one pass
+  shared prefix  our judge, from the image to the answers: one reading of it, then all questions in one pass
   pipeline       transformers' DecisionPipeline, from the image to the answers
   plain          a forward pass per question on inputs prepared beforehand, logits of the last token only
 and with `--generate`, as judges that parse text do,
   generate       `generate()` of four tokens per question, on inputs prepared beforehand
-Prints JSON, of medians; a ratio is taken turn by turn. The packed judge prepares its inputs within its time,
-so the ratio to the plain passes is rather too small.
+Prints JSON, of medians; a ratio is taken turn by turn. Our judge prepares its inputs within its time, so
+ the ratio to the plain passes is rather too small.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from PIL import Image
 from shapes import LANGUAGE, TILE, save_vlm
 from transformers.pipelines.decision import DecisionPipeline
 
-from prefopt.judges.decision import Respondent, request
-from prefopt.judges.packed import PackedJudge
+from prefopt.judges.decision import VlmAnswerer, request
 from prefopt.judges.questions import Case
 from prefopt.judges.rubric import Rubric
+from prefopt.judges.shared_prefix import SharedPrefixJudge
 from prefopt.runs import versions
 from prefopt.vlm.models import load_vlm
 
@@ -46,9 +46,9 @@ class Bench:
     """The ways to ask, each from a case to the log-odds of its questions, and what they share."""
 
     def __init__(self, folder: str, dtype: torch.dtype, device: torch.device):
-        self.respondent = Respondent(folder, dtype=dtype, device=device, bare_labels=True)
-        self.judge = PackedJudge(self.respondent)
-        self.model: Any = self.respondent.model
+        self.answerer = VlmAnswerer(folder, dtype=dtype, device=device, bare_labels=True)
+        self.judge = SharedPrefixJudge(self.answerer)
+        self.model: Any = self.answerer.model
         _, processor = load_vlm(folder, dtype=dtype)
         self.pipeline = DecisionPipeline(
             model=self.model,
@@ -62,10 +62,10 @@ class Bench:
         self.case = Case(Image.fromarray(pixels), prompt, questions)
         self.prepared = [
             ({name: value.to(device) for name, value in inputs.items() if name != "marks"}, questions)
-            for inputs, questions in self.respondent.prompts(self.case)
+            for inputs, questions in self.answerer.prompts(self.case)
         ]
 
-    def packed(self, count: int) -> list[float]:
+    def shared_prefix(self, count: int) -> list[float]:
         """All questions from one reading."""
         return [answer.log_odds for answer in self.judge.answer([self._first(count)])[0]]
 
@@ -80,7 +80,7 @@ class Bench:
         found = []
         for question, (inputs, parsed) in zip(self.case.questions, self.prepared[:count], strict=False):
             logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[0]
-            found.append(self.respondent.read([question], parsed, logits)[0].log_odds)
+            found.append(self.answerer.read([question], parsed, logits)[0].log_odds)
         return found
 
     def generate(self, count: int) -> None:
@@ -105,7 +105,7 @@ class Bench:
 def measure(bench: Bench, repeats: int, generate: bool) -> dict[str, Any]:
     """Seconds, ratios, peak memory and the largest difference between answers, of ways that take turns."""
     ways: dict[str, Callable[[int], Any]] = {
-        "packed": bench.packed,
+        "shared prefix": bench.shared_prefix,
         "pipeline": bench.one_by_one,
         "plain": bench.plain,
     }
@@ -127,15 +127,15 @@ def measure(bench: Bench, repeats: int, generate: bool) -> dict[str, Any]:
     counted = {name: taken[1:] for name, taken in seconds.items()}
     return {
         "seconds": {name: round(statistics.median(taken), 3) for name, taken in counted.items()},
-        "times_faster_packed": {
-            name: round(statistics.median(np.divide(taken, counted["packed"])), 2)
+        "times_faster_with_shared_prefix": {
+            name: round(statistics.median(np.divide(taken, counted["shared prefix"])), 2)
             for name, taken in counted.items()
         },
         "largest_log_odds_difference": {
-            name: float(np.abs(np.subtract(answers["packed"], answers[name])).max())
+            name: float(np.abs(np.subtract(answers["shared prefix"], answers[name])).max())
             for name in ("pipeline", "plain")
         },
-        "log_odds": [round(value, 4) for value in answers["packed"]],
+        "log_odds": [round(value, 4) for value in answers["shared prefix"]],
         "seconds_per_turn": {name: [round(value, 3) for value in taken] for name, taken in counted.items()},
         "peak_memory_gib": {name: round(max(peaks[1:]), 2) for name, peaks in memory.items()},
     }

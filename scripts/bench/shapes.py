@@ -34,7 +34,7 @@ from prefopt.diffusion.sampling import load_pipeline
 from prefopt.judges.rubric import RUBRICS
 
 RESOLUTION = {"pocket": 64, "half-sd15": 256, "sd15": 512, "sdxl": 1024}
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 # Dimensions from the published config.json of Stable Diffusion 1.5 and SDXL 1.0.
 SD15: dict[str, Any] = {
@@ -56,8 +56,18 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+}
+CLIP_G: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+}
 
 # LLaVA-NeXT on Vicuna 7B, from its published config.json; and a small one that reads as many image tokens.
 TILE, PATCH = 336, 14
@@ -152,6 +162,9 @@ def _chat_tokenizer() -> PreTrainedTokenizerFast:
 
 def build(size: str) -> DiffusionPipeline:
     """A pipeline of one of the sizes, float32, on the CPU."""
+    # Any: diffusers annotates its constructors more narrowly than it calls them itself.
+    scheduler: Any = DDPMScheduler(**SCHEDULE)
+    nothing: Any = None
     torch.manual_seed(0)
     if size == "pocket":
         return load_pipeline("pocket")
@@ -163,7 +176,7 @@ def build(size: str) -> DiffusionPipeline:
             tokenizer=_tokenizer(),
             tokenizer_2=_tokenizer(),
             unet=UNet2DConditionModel(**SDXL),
-            scheduler=DDPMScheduler(**SCHEDULE),
+            scheduler=scheduler,
         )
     halved = {"block_out_channels": (160, 320, 640, 640), "sample_size": 32} if size == "half-sd15" else {}
     return StableDiffusionPipeline(
@@ -171,20 +184,21 @@ def build(size: str) -> DiffusionPipeline:
         text_encoder=CLIPTextModel(CLIPTextConfig(**CLIP_L)),
         tokenizer=_tokenizer(),
         unet=UNet2DConditionModel(**{**SD15, **halved}),
-        scheduler=DDPMScheduler(**SCHEDULE),
-        safety_checker=None,
-        feature_extractor=None,
+        scheduler=scheduler,
+        safety_checker=nothing,
+        feature_extractor=nothing,
         requires_safety_checker=False,
     )
 
 
-def _vae(channels: tuple[int, ...], scaling_factor: float = 0.18215) -> AutoencoderKL:
+def _vae(channels: Any, scaling_factor: float = 0.18215) -> AutoencoderKL:
+    blocks: Any = len(channels)
     return AutoencoderKL(
         block_out_channels=channels,
         layers_per_block=2,
         latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         scaling_factor=scaling_factor,
     )
 

@@ -1,0 +1,211 @@
+"""What a build amounts to: BUILD.json, the dataset card, and a sentence for the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from data_builders.engine.stages import INVALID, NOT_SELECTED, Group
+from data_builders.export.tables import EVERYTHING, EXPORTS
+from prefopt.errors import InputError
+from prefopt.files import reporting_write_errors, write_atomically
+from prefopt.judges.rubric import Rubric
+from prefopt.runs import versions
+
+NOTHING = "no valid candidate"
+NO_CLASS = "of no class"
+TABLE = "candidates"  # the table that is always written
+
+
+class Summary:
+    """Counts over the candidates themselves, so a build that was resumed counts the same."""
+
+    def __init__(self, rubric: Rubric, prompts: Mapping[str, int]):
+        self.rubric = rubric
+        self.left_out = Counter(prompts)  # prompts that no candidate was generated of, by reason
+        self.candidates = 0
+        self.prompts, self.with_selected = Counter[str](), Counter[str]()  # by class
+        self.without: Counter[str] = Counter()  # prompts without a selected image, by reason
+        self.invalid: Counter[str] = Counter()  # candidates, by reason
+        self.not_selected: Counter[str] = Counter()  # candidates, by reason
+        self.verdicts: dict[str, Counter[str]] = defaultdict(Counter)  # by question
+        self.scores: dict[str, list[float]] = {"hard": [], "soft": []}
+        self.selected_scores: dict[str, list[float]] = {"hard": [], "soft": []}
+        self.margins: list[float] = []
+        self.largest_margin = 0.0  # of all prompts, pair or not
+        self.detected = 0  # candidates with a box
+        self.seconds = 0.0
+
+    def add(self, group: Group) -> None:
+        """Count one prompt."""
+        rows = group.candidates
+        name = rows[0]["class"] or NO_CLASS
+        self.candidates += len(rows)
+        self.prompts[name] += 1
+        self.invalid.update(row[INVALID] for row in rows if row[INVALID])
+        self.not_selected.update(row[NOT_SELECTED] for row in rows if row[NOT_SELECTED])
+        self.seconds += sum(row["seconds"] for row in rows)
+        self.margins += [pair.margin for pair in group.pairs]
+        judged = [row for row in rows if row["rank"] is not None]
+        selected = [row for row in judged if row["selected"]]
+        for kind in self.scores:
+            self.scores[kind] += [row[f"{kind}_score"] for row in judged]
+            self.selected_scores[kind] += [row[f"{kind}_score"] for row in selected]
+        soft = [row["soft_score"] for row in judged]
+        self.largest_margin = max(self.largest_margin, max(soft, default=0.0) - min(soft, default=0.0))
+        self.detected += sum(bool(row["boxes"]) for row in judged)
+        for row in judged:
+            for question, verdict in zip(row["questions"], row["verdicts"], strict=True):
+                self.verdicts[question][verdict or "unclear"] += 1
+        if selected:
+            self.with_selected[name] += 1
+        else:
+            best = max(judged, key=lambda row: row["hard_score"], default=None)
+            self.without[best[NOT_SELECTED] if best else NOTHING] += 1
+
+    def figures(self) -> dict:
+        """The figures as BUILD.json holds them."""
+        return {
+            "prompts": dict(self.prompts),
+            "candidates": self.candidates,
+            "judged": len(self.scores["hard"]),
+            "prompts_with_selected": dict(self.with_selected),
+            **{
+                name: _mean(values[kind])
+                for kind in self.scores
+                for name, values in (
+                    (f"mean_{kind}_score", self.scores),
+                    (f"mean_{kind}_score_of_selected", self.selected_scores),
+                )
+            },
+            "highest_possible": sum(item.weight for item in self.rubric.items),
+            "mean_margin": _mean(self.margins),
+            "largest_margin": round(self.largest_margin, 4),
+            "with_a_box": self.detected,
+            "verdicts": {name: dict(sorted(counts.items())) for name, counts in self.verdicts.items()},
+            "seconds_generating": round(self.seconds, 1),
+        }
+
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """Prompts and candidates that are in no export, by reason."""
+        return {
+            "prompts": dict(sorted((self.without + self.left_out).items())),
+            "invalid": dict(sorted(self.invalid.items())),
+            "not_selected": dict(sorted(self.not_selected.items())),
+        }
+
+    def facts(self, counts: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+        """A few lines for the gallery and the card."""
+        figures = self.figures()
+        kind = "soft" if self.rubric.soft_decides else "hard"
+        best = "" if self.rubric.soft_decides else f" of at most {figures['highest_possible']:g}"
+        rows = {name: sum(by_split.values()) for name, by_split in counts.items() if name != TABLE}
+        boxes = f", {self.detected} with a box" if self.detected else ""
+        return {
+            "prompts": ", ".join(f"{count} {name}" for name, count in self.prompts.items()),
+            "candidates": f"{figures['candidates']}, {figures['judged']} judged{boxes}",
+            "prompts with a selected image": (
+                f"{sum(self.with_selected.values())} (none: {reasons(self.without + self.left_out)})"
+            ),
+            f"mean {kind} score": f"{figures[f'mean_{kind}_score']}{best}; "
+            f"of the selected images {figures[f'mean_{kind}_score_of_selected']}",
+            "not selected": reasons(self.not_selected),
+            "invalid": reasons(self.invalid),
+            "rows": ", ".join(f"{count} {name}" for name, count in rows.items()),
+        }
+
+
+def reasons(counts: Mapping[str, int]) -> str:
+    """Counts of reasons in words."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none"
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(float(np.mean(values)), 4) if values else None
+
+
+CARD = """---
+configs:
+{configs}
+---
+
+# Images generated by {model}, judged by {judge}
+
+{facts}
+
+{per_prompt} candidates of each prompt. The judge answered the rubric `{rubric}` about every candidate. Clear
+answers make points, whose sum is the hard score; how sure the answers are makes the soft score{calibrated}.
+Selected: {selection}. Pairs by the rule `{pair_rule}`, from a margin of {min_margin}. Splits are by prompt.
+
+| table | what it is |
+|---|---|
+{tables}
+
+BUILD.json has the settings, the identities of the models, and the versions.
+"""
+
+
+def write_build(
+    folder: Path,
+    settings: dict,
+    identities: Mapping[str, str],
+    summary: Summary,
+    counts: Mapping[str, Mapping[str, int]],
+    *,
+    selection: str,
+    run: Mapping,
+) -> str:
+    """Write BUILD.json and README.md; a sentence. A build without any row is an InputError that says why.
+
+    `selection` says in words which images were selected.
+    """
+    build = {
+        "figures": summary.figures(),
+        "rows": {name: dict(by_split) for name, by_split in counts.items()},
+        "dropped": summary.dropped(),
+        "run": run,
+        "settings": settings,
+        "identity": identities,
+        "versions": versions(),
+    }
+    with reporting_write_errors(folder):
+        write_atomically(folder / "BUILD.json", json.dumps(build, indent=2) + "\n")
+        write_atomically(folder / "README.md", card(settings, summary, counts, selection))
+    made = {name: sum(by_split.values()) for name, by_split in counts.items() if name != TABLE}
+    said = "; ".join(f"{name}: {fact}" for name, fact in summary.facts(counts).items())
+    if not any(made.values()):
+        raise InputError(
+            f"{folder}: nothing was selected ({said}); largest margin {summary.largest_margin:.4g}. See "
+            "BUILD.json for each question's answers; generate more --candidates, lower --detection_threshold "
+            "or --min_margin, or name another judge or detector"
+        )
+    return f"{folder}: {said}"
+
+
+def card(settings: dict, summary: Summary, counts: Mapping[str, Mapping[str, int]], selection: str) -> str:
+    """The README.md of a dataset: figures, and where its tables are."""
+    exports = {TABLE: EVERYTHING, **EXPORTS}
+    configs = []
+    for name, by_split in counts.items():
+        if exports[name].columns is None or not by_split:
+            continue
+        files = [f'  - split: {split}\n    path: "{name}/{split}-*.parquet"' for split in by_split]
+        configs.append(f"- config_name: {name}\n  data_files:\n" + "\n".join(files))
+    facts = ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in summary.facts(counts).items())]
+    return CARD.format(
+        configs="\n".join(configs),
+        facts="\n".join(facts),
+        tables="\n".join(f"| `{name}` | {exports[name].about} |" for name in counts),
+        model=" and ".join(settings["sources"]) or settings["model_name_or_path"],
+        judge=settings["judge_url"] or settings["judge_model_name_or_path"],
+        per_prompt=settings["candidates"],
+        rubric=settings["rubric"],
+        calibrated=", less what it answers about an empty image" if settings["calibrate"] else "",
+        selection=selection,
+        pair_rule=settings["pair_rule"],
+        min_margin=settings["min_margin"],
+    )

@@ -1,0 +1,1 @@
+"""Image candidates: generated, judged, looked at by a detector, ranked and selected."""

@@ -1,0 +1,157 @@
+"""The options of image builders; importing them imports no model library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from data_builders.export.tables import EXPORTS
+from data_builders.images.selection import PairOptions, PairRule
+from prefopt import pocket
+from prefopt.diffusion.generator import Generator, Sampler, parse_generator
+from prefopt.errors import InputError
+from prefopt.judges.rubric import Rubric
+from prefopt.options import check_interval, check_paths_exist, option
+
+NONE = "none"  # in place of a detector
+
+
+@dataclass
+class BuilderConfig:
+    """What generates and judges the candidates, what is selected, and what is written."""
+
+    candidates: int = option(8, "Images per prompt.")
+    seed: int = option(0, "The seeds of the images follow from it.")
+    model_name_or_path: str = option("pocket", "Text-to-image model: a folder, a hub id or `pocket`.")
+    revision: str | None = option(None, "Revision of that model on the hub.")
+    adapter: str | None = option(None, "LoRA for that model: a folder or file.")
+    adapter_scale: float = option(1.0, "The LoRA's weight.")
+    sources: list[str] = option(
+        [],
+        "Several models in place of one, used in turn for a prompt's candidates; each quoted: "
+        "`model steps=4 guidance=0 adapter=folder scale=0.4`.",
+    )
+    num_inference_steps: int = option(20, "Denoising steps.")
+    guidance_scale: float = option(3.0, "Classifier-free guidance; 1 is none.")
+    height: int | None = option(None, "Pixels (default: the model's).")
+    width: int | None = option(None, "Pixels (default: the model's).")
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "Precision of the text-to-image model."
+    )
+    batch_size: int = option(32, "Images generated at once.")
+    block_size: int = option(
+        8, "Prompts per block; a crash loses at most the unfinished block of each process."
+    )
+
+    judge_model_name_or_path: str | None = option(
+        None,
+        "Judge: a VLM, or for --rubric reward a CLIP, PickScore or ImageReward; a folder, a hub "
+        "id or `pocket` (the default for the model `pocket`).",
+    )
+    judge_revision: str | None = option(None, "Revision of the judge on the hub.")
+    judge_url: str | None = option(
+        None, "Endpoint that serves the judge: /v1/systemone or OpenAI-compatible."
+    )
+    judge_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the judge.")
+    judge_batch_size: int = option(16, "Images judged at once.")
+    rubric: str = option("reward", "The questions: a YAML file, or one of ours by name.")
+    calibrate: bool = option(True, "Subtract the judge's answers about an empty image.")
+
+    pair_rule: PairRule = option("best_worst", "Which ranked candidates become pairs.")
+    min_margin: float = option(0.0, "Smallest difference between the soft scores of a pair.")
+    max_pairs_per_prompt: int | None = option(
+        None, "Maximum pairs per prompt; those with the widest margins are kept (default: all)."
+    )
+    exports: list[str] = option(["pairs"], f"Tables to write: {', '.join(EXPORTS)}.")
+    gallery: bool = option(True, "Write gallery.html.")
+    test_fraction: float = option(0.0, "Share of the prompts that go to the split `test`.")
+    shard_megabytes: int = option(256, "Largest Parquet file of a table.")
+    keep_resident: bool = option(
+        False, "Keep all models loaded and finish block after block, where memory allows."
+    )
+    push_to_hub: str | None = option(None, "Dataset id on the hub to upload to.")
+    output_dir: str = option("data/images", "Folder for the dataset.")
+
+    def __post_init__(self) -> None:
+        check_interval(self, "[1, inf)", "num_inference_steps", "batch_size", "block_size", "shard_megabytes")
+        check_interval(self, "[1, inf)", "judge_batch_size", "max_pairs_per_prompt")
+        check_interval(self, "[0, inf)", "min_margin")
+        check_interval(self, "[2, inf)", "candidates")
+        pocket.fill_defaults(self, self.model_name_or_path, "judge_model_name_or_path")
+        check_paths_exist(self, "model_name_or_path", "adapter")
+        if not self.judge_url:
+            check_paths_exist(self, "judge_model_name_or_path")
+        check_interval(self, "[0, 1)", "test_fraction")
+        for name in ("height", "width"):
+            if (value := getattr(self, name)) is not None and (value < 8 or value % 8):
+                raise InputError(f"--{name} is {value}; it is a multiple of 8")
+        if unknown := [name for name in self.exports if name not in EXPORTS]:
+            raise InputError(f"--exports {unknown[0]} is unknown; known are {', '.join(EXPORTS)}")
+        if len(self.sources) > self.candidates:
+            raise InputError(
+                f"{len(self.sources)} --sources for {self.candidates} --candidates: some generate nothing"
+            )
+        Rubric.load(self.rubric)
+        _ = self.generators
+
+    @property
+    def generators(self) -> list[Generator]:
+        """The models that generate a prompt's candidates in turn."""
+        sampler = Sampler(self.num_inference_steps, self.guidance_scale, self.height, self.width)
+        base = Generator(
+            self.model_name_or_path, self.adapter, self.adapter_scale, self.revision, self.dtype, sampler
+        )
+        return [parse_generator(text, base) for text in self.sources] or [base]
+
+    @property
+    def pair_options(self) -> PairOptions:
+        """Which ranked candidates become pairs."""
+        return PairOptions(self.pair_rule, self.min_margin, self.max_pairs_per_prompt)
+
+
+@dataclass
+class SelfRewardingConfig(BuilderConfig):
+    """Classes, prompts and detector; and, inherited, all else of an image builder."""
+
+    classes: list[str] = option(["elephant", "giraffe"], "What the images are to show.")
+    prompts: str | None = option(
+        None, "Text file, one prompt a line, each naming one class (default: an LLM writes them)."
+    )
+    prompts_per_class: int = option(100, "Prompts to write.")
+    held_out_per_class: int = option(25, "Further prompts to write, for comparisons: held_out_prompts.txt.")
+    writer_model_name_or_path: str | None = option(
+        None,
+        "LLM that writes the prompts: a folder, a hub id or `pocket` (the default for the model `pocket`).",
+    )
+    writer_revision: str | None = option(None, "Revision of that LLM on the hub.")
+    writer_url: str | None = option(None, "OpenAI-compatible endpoint that serves the LLM.")
+    system_prompt: str | None = option(None, "Text file with the LLM's system prompt (default: ours).")
+    request_template: str | None = option(
+        None, "Text file with the request, with {count} and {class} (default: ours)."
+    )
+    temperature: float = option(0.7, "Of the LLM's sampling.")
+    top_p: float = option(0.95, "Of the LLM's sampling.")
+
+    detector: str | None = option(
+        None,
+        "YOLO-World folder, OWLv2 folder or hub id, none, or `pocket` (the default for the model `pocket`).",
+    )
+    detector_revision: str | None = option(None, "Revision of the detector.")
+    detection_threshold: float = option(0.6, "Least confidence of a detection, in (0, 1].")
+
+    candidates: int = option(10, "Images per prompt.")
+    rubric: str = option("class_conditional", "The questions: a YAML file, or one of ours by name.")
+    exports: list[str] = option(["sft", "pairs", "ranked"], f"Tables to write: {', '.join(EXPORTS)}.")
+    output_dir: str = option("data/self_rewarding", "Folder for the dataset.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_interval(self, "[1, inf)", "prompts_per_class")
+        check_interval(self, "[0, inf)", "held_out_per_class", "temperature")
+        written = [] if self.prompts else ["writer_model_name_or_path"]
+        pocket.fill_defaults(self, self.model_name_or_path, *written, "detector")
+        # Hours of other work come before these are read.
+        check_paths_exist(self, "writer_model_name_or_path", "detector", "prompts")
+        if not self.classes or len(set(self.classes)) < len(self.classes):
+            raise InputError(f"--classes is {self.classes}; name one or more, each once")
+        check_interval(self, "(0, 1]", "detection_threshold", "top_p")

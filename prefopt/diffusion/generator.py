@@ -1,0 +1,150 @@
+"""What generates images: a text-to-image model, a LoRA at a scale, and the sampler's settings.
+
+Importing this imports no model library; `sampling` loads and runs what is described here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from prefopt import pocket
+from prefopt.errors import InputError
+from prefopt.files import file_key, files_key
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+MODEL_FILE = "model_index.json"
+
+_WEIGHT_FILES = (".json", ".safetensors", ".txt", ".model")
+# What a text about a generator may say beside its model, and of which type.
+_OPTIONS = {"steps": int, "guidance": float, "adapter": str, "scale": float, "revision": str}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What decides an image besides model, prompt and seed; sizes in pixels, None: the model's own."""
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A text-to-image model with its sampler, by name; `dtype` as torch calls it."""
+
+    model: str
+    adapter: str | None = None
+    adapter_scale: float = 1.0
+    revision: str | None = None
+    dtype: str = "float32"
+    sampler: Sampler = field(default_factory=Sampler)
+
+    @property
+    def weights(self) -> dict[str, str | float | None]:
+        """SHA-256 of the model's files and of the adapter's, and the scale; at scale 0 those of the model."""
+        folder = pipeline_folder(self.model, revision=self.revision)
+        parts = [part for part in json.loads((folder / MODEL_FILE).read_text()) if (folder / part).is_dir()]
+        files = [
+            path
+            for part in parts
+            for path in sorted((folder / part).rglob("*"))
+            if path.suffix in _WEIGHT_FILES
+        ]
+        adapter = file_key(adapter_file(self.adapter)) if self.adapter is not None else None
+        counts = adapter is not None and self.adapter_scale != 0
+        return {
+            "model": files_key(folder, [folder / MODEL_FILE, *files]),
+            "adapter": adapter if counts else None,
+            "scale": self.adapter_scale if counts else None,
+        }
+
+    @property
+    def identity(self) -> dict[str, str | float | int | None]:
+        """Everything that an image depends on besides prompt and seed."""
+        weights = self.weights
+        return {
+            "model_identity": weights["model"],
+            "adapter_identity": weights["adapter"],
+            "adapter_scale": weights["scale"],
+            **self.settings,
+        }
+
+    @property
+    def settings(self) -> dict[str, str | float | int | None]:
+        """How images are made from the weights."""
+        return {**asdict(self.sampler), "dtype": self.dtype}
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """What model and adapter are called here; the same weights may have other names elsewhere."""
+        return {"model": self.model, "model_revision": self.revision, "adapter": self.adapter}
+
+
+def parse_generator(text: str, base: Generator) -> Generator:
+    """A generator from an option's text: a model (default: the base's), and `key=value` for what differs.
+
+    `stabilityai/sdxl-turbo steps=1 guidance=0` · `adapter=runs/sft scale=0.4`
+    """
+    words = text.split()
+    name = words.pop(0) if words and "=" not in words[0] else base.model
+    given = {key: value for key, _, value in (word.partition("=") for word in words)}
+    if unknown := sorted(given.keys() - _OPTIONS.keys()):
+        raise InputError(f"--sources {text!r}: unknown {unknown[0]!r}; known are {', '.join(_OPTIONS)}")
+    values = {}
+    for key, value in given.items():
+        try:
+            values[key] = _OPTIONS[key](value)
+        except ValueError as error:
+            raise InputError(f"--sources {text!r}: {key} is {value!r}, not a number") from error
+    if name != base.model:
+        base = replace(base, model=name, revision=None, adapter=None)
+    sampler = replace(
+        base.sampler,
+        num_inference_steps=values.get("steps", base.sampler.num_inference_steps),
+        guidance_scale=values.get("guidance", base.sampler.guidance_scale),
+    )
+    return replace(
+        base,
+        sampler=sampler,
+        revision=values.get("revision", base.revision),
+        adapter=values.get("adapter", base.adapter),
+        adapter_scale=values.get("scale", base.adapter_scale),
+    )
+
+
+def pipeline_folder(model_name_or_path: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder of a pipeline: the folder named, the pocket's, or the download of a hub id."""
+    name = pocket.resolve(str(model_name_or_path), "text_to_image")
+    if Path(name).is_dir():
+        if not (Path(name) / MODEL_FILE).is_file():
+            raise InputError(f"{name} is no pipeline: it holds no {MODEL_FILE}")
+        return Path(name)
+    if Path(name).is_absolute() or name.count("/") != 1:
+        raise InputError(
+            f"no model folder {name}; give a folder that holds {MODEL_FILE}, a hub id, or pocket"
+        )
+    from diffusers import DiffusionPipeline  # to download with; a folder needs no model library
+
+    try:
+        return Path(DiffusionPipeline.download(name, revision=revision, use_safetensors=True))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name} is no folder here, and as a hub id it cannot be fetched: {error}"
+        ) from error
+
+
+def adapter_file(adapter: str | Path) -> Path:
+    """The safetensors file of an adapter that is named by its folder or by the file itself."""
+    path = Path(adapter)
+    if not path.exists():
+        raise InputError(f"no adapter {path}: it is neither a folder nor a file")
+    if path.is_dir():
+        path = path / ADAPTER_FILE
+    if not path.is_file():
+        raise InputError(f"no adapter in {path.parent}: it holds no {ADAPTER_FILE}")
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path} is not safetensors; only safetensors adapters are read")
+    return path

@@ -1,0 +1,150 @@
+"""LoRA on a diffusion model's network: fresh or trained ones, and the files that diffusers reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prefopt.adapters import POLICY, REFERENCE, adapter_layers
+from prefopt.diffusion.generator import ADAPTER_FILE, adapter_file
+from prefopt.errors import InputError
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+LOADED = "sampled"  # the name under which a pipeline holds an adapter to sample with
+
+# One of these is in the name of each pair's first factor.
+_LORA_DOWN = ("lora_A.", "lora_down.", "lora.down.", "lora_linear_layer.down.")
+
+
+# Adapters to train
+
+
+def add_lora(network: Any, config: LoraConfig) -> None:
+    """A fresh float32 LoRA on the frozen network; no layer by these names is an InputError."""
+    network.requires_grad_(False)
+    try:
+        network.add_adapter(config, adapter_name=POLICY)
+    except ValueError as error:  # peft says which names it looked for
+        raise InputError(f"--lora_target_modules {config.target_modules}: {error}") from error
+    _upcast_trained(network)
+
+
+def start_from_lora(network: Any, pipeline: DiffusionPipeline, adapter: str) -> None:
+    """Continue training an adapter, its frozen copy the reference; one that does not fit is an InputError."""
+    network.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # two are meant
+        for name in (REFERENCE, POLICY):
+            load_adapter(pipeline, adapter, name)
+    for name, part in pipeline.components.items():
+        if part is not network and isinstance(part, nn.Module) and adapter_layers(part):
+            raise InputError(f"the adapter {adapter} changes the {name}, too; only the denoiser's is trained")
+    network.set_adapter(POLICY)
+    for layer in adapter_layers(network):
+        layer.set_adapter(POLICY)  # which also freezes the other one
+    _upcast_trained(network)
+
+
+def _upcast_trained(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+# Files
+
+
+def save_weights(network: Any, component: str, folder: str | Path, state_dict: Mapping[str, Tensor]) -> None:
+    """Write the network's LoRA, or, if it has none, all of its weights with its config in `component`/."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name.removeprefix(f"{component}."): value for name, value in state_dict.items()}
+    layers = len(adapter_layers(network))
+    if not layers:
+        network.save_config(folder / component)
+        whole = {name: value.contiguous() for name, value in state.items()}
+        save_file(whole, folder / component / WEIGHTS_FILE, {"format": "pt"})
+        return
+    factors = get_peft_model_state_dict(network, state_dict=dict(state), adapter_name=POLICY)
+    # Without the metadata a reader takes alpha = r: the adapter is then wrong by the factor alpha / r.
+    # It is the only entry: safetensors writes several in an order of chance, and equal runs differ.
+    metadata = {
+        f"{component}.{k}": sorted(v) if isinstance(v, set) else v
+        for k, v in network.peft_config[POLICY].to_dict().items()
+    }
+    save_file(
+        {f"{component}.{name}": factor.contiguous() for name, factor in factors.items()},
+        folder / ADAPTER_FILE,
+        {LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True, default=str)},
+    )
+    written = load_file(folder / ADAPTER_FILE)
+    if len(written) != 2 * layers:
+        raise RuntimeError(f"{folder / ADAPTER_FILE} holds {len(written)} tensors for {layers} layers")
+
+
+def load_weights(network: Any, component: str, folder: str | Path) -> None:
+    """Load what `save_weights` wrote, bit for bit; what does not fit is an InputError."""
+    layers = len(adapter_layers(network))
+    file = Path(folder, ADAPTER_FILE) if layers else Path(folder, component, WEIGHTS_FILE)
+    try:
+        state = {name.removeprefix(f"{component}."): value for name, value in load_file(file).items()}
+        if not layers:
+            network.load_state_dict(state)
+            return
+        unknown = set_peft_model_state_dict(network, state, adapter_name=POLICY).unexpected_keys
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last of another shape
+        raise InputError(f"{file} does not fit this model: {error}") from error
+    if unknown or len(state) != 2 * layers:
+        raise InputError(f"{file} does not fit this model: {len(state)} tensors for {layers} layers")
+
+
+# Adapters of a pipeline
+
+
+def load_adapter(pipeline: Any, adapter: str | Path, name: str = LOADED) -> None:
+    """Load a LoRA folder or file; InputError unless every pair of its factors finds its layer."""
+    file, model = adapter_file(adapter), pipeline.name_or_path
+    # diffusers warns for each component that an adapter leaves alone, and prints what it then raises: what
+    # matters is counted or raised below.
+    log = logging.getLogger("diffusers.loaders")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            expected = sum(any(part in key for part in _LORA_DOWN) for key in tensors.keys())  # noqa: SIM118
+        pipeline.load_lora_weights(
+            str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True
+        )
+    except (RuntimeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
+        raise InputError(f"the adapter {file} does not fit the model {model}: {reason}") from error
+    finally:
+        log.setLevel(level)
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    found = sum(f"lora_A.{name}." in key for module in modules for key, _ in module.named_parameters())
+    if expected == 0 or found < expected:
+        raise InputError(
+            f"the adapter {file} does not fit the model {model}: of its {expected} pairs of LoRA factors, "
+            f"the model has layers for {found}"
+        )
+
+
+def set_adapter_scale(pipeline: Any, scale: float) -> None:
+    """Weigh the loaded adapter; at 0 its layers are switched off, so that the base answers bit for bit."""
+    if scale == 0:
+        pipeline.disable_lora()
+    else:
+        pipeline.enable_lora()
+        pipeline.set_adapters([LOADED], adapter_weights=[scale])

@@ -1,0 +1,135 @@
+"""Files that are whole or absent, content hashes, and locks: what every room that writes to disk shares."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from prefopt.errors import InputError
+
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # what its errors name
+_locked: set[Path] = set()  # by this process
+
+
+# Content
+
+
+def content_key(content: bytes | str) -> str:
+    """The SHA-256 of bytes, or of a text's UTF-8, in hexadecimal."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def file_key(path: Path) -> str:
+    """The SHA-256 of a file, read once per process as long as the file does not change."""
+    return _file_key(path, *file_state(path))
+
+
+def file_state(path: Path) -> tuple[int, int, int, int]:
+    """Size, time of change (of content, of the entry) and inode: no rewriting leaves all of them alone."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+@cache
+def _file_key(path: Path, *state: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_key(folder: Path, paths: Iterable[Path]) -> str:
+    """The SHA-256 over some files of a folder in this order, their names there included."""
+    lines = [f"{path.relative_to(folder)} {file_key(path)}" for path in paths]
+    return content_key("\n".join(lines))
+
+
+# Writing
+
+
+@contextmanager
+def reporting_write_errors(what: object) -> Iterator[None]:
+    """Turn a failure to write (a full disk, a missing permission) into an InputError that names `what`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch reports a full disk as a RuntimeError of its writer; others are not about the disk.
+        if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_WRITER):
+            raise
+        raise InputError(
+            f"could not write {what}: {error}. Free some space, or name another folder"
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when all is written; after an error nothing of it stays."""
+    # A process id would not do: containers that share a folder count from 1 each.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, sees the old content or the new, nothing between."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+# Folders
+
+
+def check_identity(folder: Path, identity: Mapping[str, object], *, what: str, option: str) -> None:
+    """Record in identity.json what this folder depends on; InputError if it was made for something else.
+
+    `what` the folder is called in the message, `option` names the flag that chooses another one.
+    """
+    path = folder / "identity.json"
+    if not path.exists():
+        write_atomically(path, json.dumps(identity, indent=2, sort_keys=True))
+        return
+    found = json.loads(path.read_text())
+    for name in sorted(found.keys() | identity.keys()):
+        if found.get(name) != identity.get(name):
+            raise InputError(
+                f"the {what} {folder} does not fit this run: its {name} is {found.get(name)}, this "
+                f"run's is {identity.get(name)}. Name another {option}, or delete that folder."
+            )
+
+
+@contextmanager
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Lock a folder against other processes; InputError if one holds it. A killed process holds nothing.
+
+    Inside of a lock of the same process it does nothing.
+    """
+    place = folder.resolve()
+    if place in _locked:
+        yield
+        return
+    with reporting_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another run is at work in {folder}. Wait for it, or name another --output_dir"
+            ) from error
+        _locked.add(place)
+        try:
+            yield
+        finally:
+            _locked.remove(place)

@@ -1,0 +1,35 @@
+"""Encoded pictures to upright RGB: nothing that a picture holds is lost, or shown, in silence."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from prefopt.errors import InputError
+
+
+def open_image(content: bytes, where: str) -> Image.Image:
+    """The picture of an encoded file, turned upright, in RGB.
+
+    Transparent parts become white, 16-bit grey is scaled to 8 bits. A file that cannot be decoded, and pixels
+    of unknown range (floating-point numbers, 32-bit integers), are an InputError that says `where`.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            kind, image = opened.format, ImageOps.exif_transpose(opened)
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        why = "cannot be decoded" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{where}: {len(content)} bytes that are no readable image: {why}") from error
+    if image.mode == "F" or (image.mode == "I" and kind != "PPM"):
+        what = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        raise InputError(f"{where}: an image of {what}, whose range is unknown; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # PIL's own conversion would cut grey off at 255
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,107 @@
+"""Models by name: safetensors only, every weight there, known by their files before they are loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils.hub import resolve_revision
+
+from prefopt.errors import InputError
+from prefopt.files import files_key
+
+Model = TypeVar("Model")
+
+# What transformers, diffusers, peft and the hub's client raise for a wrong name or a broken file.
+UNUSABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # that a model's answers may depend on
+
+
+@dataclass(frozen=True)
+class Lazy(Generic[Model]):
+    """A model that is loaded when it is first needed; `identity` tells it from others before that."""
+
+    identity: str
+    load: Callable[[], Model]
+
+
+def load_complete(kind: Any, name: str | Path, what: str, revision: str | None = None, **options: Any) -> Any:
+    """`kind.from_pretrained(name)`; InputError unless the weights are safetensors and none is missing.
+
+    transformers fills in at random what a file lacks, with no more than a warning. `what` the model should
+    be, for the message; `options` go to `from_pretrained`.
+    """
+    try:
+        with quiet_loading():
+            model, info = kind.from_pretrained(
+                name, revision=revision or "main", use_safetensors=True, output_loading_info=True, **options
+            )
+    except UNUSABLE as error:
+        raise not_loaded(what, name, error) from error
+    lacking = sorted([*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])])
+    if lacking:
+        raise InputError(
+            f"no {what} could be loaded from {str(name)!r}: its weights lack {len(lacking)} tensors of a "
+            f"{type(model).__name__}, {lacking[0]} among them; name another model"
+        )
+    return model
+
+
+def not_loaded(what: str, name: str | Path, error: Exception) -> InputError:
+    """The error for a model, or what belongs to it, that could not be loaded."""
+    return InputError(
+        f"no {what} could be loaded from {str(name)!r}: {first_line(error)} "
+        "Name a folder that save_pretrained wrote, or a hub id"
+    )
+
+
+def files_identity(name: str | Path, revision: str | None = None) -> str:
+    """What a model's files hold, without loading it: SHA-256 over a folder's, or the commit of a hub id."""
+    folder = Path(name)
+    if folder.is_dir():
+        return files_key(folder, sorted(path for path in folder.iterdir() if path.suffix in _FILES))
+    try:
+        return f"{name} at {resolve_revision(str(name), revision or 'main')}"
+    except UNUSABLE as error:
+        raise InputError(
+            f"{name} is no folder here, and as a hub id it is not found: {first_line(error)}"
+        ) from error
+
+
+def own_memory(module: nn.Module) -> nn.Module:
+    """The module with its weights copied to memory that torch allocates.
+
+    Weights just loaded may be views into the mapped file, at any address, or copies, as under
+    torch.distributed; and on CPUs the last bit of a product depends on its factors' alignment.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
+    return module
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's message."""
+    return str(error).strip().split("\n")[0][:300]
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No bars for seconds of loading, and no table of what a file lacks: that is an error here."""
+    transformers.utils.logging.disable_progress_bar()
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    log.addFilter(is_error)  # a higher level of this logger would start a check that logs more
+    try:
+        yield
+    finally:
+        log.removeFilter(is_error)

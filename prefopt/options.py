@@ -1,0 +1,43 @@
+"""The fields of a config, and the checks that several configs share; importing this imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from prefopt.errors import InputError
+
+
+def option(default: Any, help: str, **parser: Any) -> Any:
+    """A field of a config: its default, and its help on the command line; `parser` is argparse's."""
+    metadata = {"help": help, **parser}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_interval(config: object, interval: str, *names: str) -> None:
+    """InputError unless these options, where given, lie in an interval such as `[0, 1)` or `[2, inf)`."""
+    low, high = map(float, interval[1:-1].split(","))
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (isfinite(value) and above and below):
+            allowed = (
+                f"is {low:g} or more" if interval[0] + interval[-4:] == "[inf)" else f"lies in {interval}"
+            )
+            raise InputError(f"--{name} is {value}; it {allowed}")
+
+
+def check_paths_exist(config: object, *names: str) -> None:
+    """InputError if one of these options names a local path, not a hub id, and nothing is there."""
+    for name in names:
+        value = getattr(config, name) or ""
+        is_path = value.startswith((".", "/", "~")) or value.count("/") > 1
+        if is_path and not Path(value).exists():
+            raise InputError(f"--{name}: there is no {value}")

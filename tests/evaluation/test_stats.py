@@ -1,0 +1,130 @@
+"""Intervals, win rates and power: worked by hand, by their properties, and by simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as reference
+
+from prefopt.errors import InputError
+from prefopt.evaluation.stats import paired_bootstrap, rows_for_power, win_rate
+
+
+def test_win_rate_by_hand():
+    """Three wins, one tie, two losses: (3 + 0.5) / 6 and 3 / 5, with Wilson's interval of 3 / 5 restated."""
+    result = win_rate([2, 3, 4, 1.005, 0, 0], [1, 1, 1, 1, 1, 1])
+    assert (result.wins, result.ties, result.losses) == (3, 1, 2)
+    assert result.rate == 3.5 / 6 and result.rate_without_ties == 0.6
+    z, n, p = 1.959963985, 5, 0.6
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    assert result.low == pytest.approx(centre - half, abs=1e-8)
+    assert result.high == pytest.approx(centre + half, abs=1e-8)
+    assert (round(result.low, 4), round(result.high, 4)) == (0.2307, 0.8824)
+
+
+def test_a_difference_of_exactly_the_band_is_a_tie():
+    """0.30 - 0.29 is more than 0.01 in floating point."""
+    assert win_rate([0.30, 0.29, 0.31], [0.29, 0.30, 0.29]).ties == 2
+
+
+def test_nothing_but_ties_has_no_rate_without_them():
+    result = win_rate([1, 1], [1, 1])
+    assert (result.rate, result.rate_without_ties, result.low, result.high) == (0.5, None, None, None)
+
+
+def test_swapping_the_sides_negates():
+    rng = np.random.default_rng(0)
+    a, b, groups = rng.normal(size=90), rng.normal(size=90), np.repeat(np.arange(30), 3)
+    there, back = paired_bootstrap(a, b, groups, 2000), paired_bootstrap(b, a, groups, 2000)
+    assert there.mean == pytest.approx(-back.mean, abs=1e-12)
+    assert (there.low, there.high) == pytest.approx((-back.high, -back.low), abs=1e-12)
+    there, back = win_rate(a, b), win_rate(b, a)
+    assert (there.wins, there.ties, there.losses) == (back.losses, back.ties, back.wins)
+    assert there.rate + back.rate == pytest.approx(1)
+    assert (there.low, there.high) == pytest.approx((1 - back.high, 1 - back.low))
+
+
+def test_bootstrap_by_hand():
+    """Two prompts with differences 0 and 1: a resample's mean is 0, 1/2 or 1 with chance 1/4, 1/2, 1/4."""
+    result = paired_bootstrap([1, 2], [1, 1])
+    assert (result.mean, result.low, result.high, result.groups) == (0.5, 0.0, 1.0, 2)
+    middle = paired_bootstrap([1, 2], [1, 1], level=0.4)
+    assert (middle.low, middle.high) == (0.5, 0.5)
+
+
+def test_a_constant_difference_has_an_interval_of_no_width():
+    result = paired_bootstrap(np.arange(5) + 0.5, np.arange(5))
+    assert result.mean == result.low == result.high == 0.5 and result.excludes_zero
+
+
+def test_the_seeds_of_a_prompt_stay_together():
+    """Copies of a row add no evidence: with groups the interval is that of the unique rows."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0.2, 1, 40), np.zeros(40)
+    groups = np.repeat([f"prompt {i}" for i in range(40)], 4)
+    single = paired_bootstrap(a, b)
+    copied = paired_bootstrap(np.repeat(a, 4), np.repeat(b, 4), groups)
+    naive = paired_bootstrap(np.repeat(a, 4), np.repeat(b, 4))
+    assert copied.mean == pytest.approx(single.mean)
+    assert copied.high - copied.low == pytest.approx(single.high - single.low, rel=0.05)
+    assert naive.high - naive.low == pytest.approx((single.high - single.low) / 2, rel=0.1)
+
+
+def test_groups_of_unequal_size_weigh_rows_not_groups():
+    result = paired_bootstrap([3, 0, 0, 0], [0, 0, 0, 0], groups=["a", "b", "b", "b"])
+    assert result.mean == 0.75
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """200 experiments of 50 prompts x 2 correlated seeds, skewed; 90 % intervals within 3 standard errors."""
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(200):
+        prompt = rng.exponential(1, 50) - 1
+        a = np.repeat(prompt, 2) + rng.normal(0, 0.5, 100) + 0.3
+        interval = paired_bootstrap(a, np.zeros(100), np.repeat(np.arange(50), 2), resamples=400, level=0.9)
+        covered += interval.low <= 0.3 <= interval.high
+    assert 0.83 <= covered / 200 <= 0.965
+
+
+def test_the_same_seed_gives_the_same_interval():
+    a, b = np.arange(30) % 7, np.arange(30) % 5
+    assert paired_bootstrap(a, b, seed=3) == paired_bootstrap(a, b, seed=3)
+    assert paired_bootstrap(a, b, seed=3) != paired_bootstrap(a, b, seed=4)
+
+
+def test_rows_for_power_restates_the_published_example():
+    """A mean of +2.28 with a 95 % interval of [-3.1, 7.8] on 178 rows: about 2,140 rows for 80 % power."""
+    standard_error = (7.8 + 3.1) / 2 / reference.norm.ppf(0.975)
+    deviation = standard_error * math.sqrt(178)
+    standard = reference.norm.ppf((np.arange(178) + 0.5) / 178)
+    standard = (standard - standard.mean()) / standard.std(ddof=1)
+    rows = rows_for_power(2.28 + deviation * standard)
+    assert rows == math.ceil(((1.959964 + 0.841621) * deviation / 2.28) ** 2)
+    assert rows == pytest.approx(2140, rel=0.04)
+
+
+def test_rows_for_power_gives_that_power():
+    rng = np.random.default_rng(5)
+    rows = rows_for_power(0.5 + rng.permutation(reference.norm.ppf((np.arange(999) + 0.5) / 999)))
+    found = reference.ttest_1samp(rng.normal(0.5, 1, (4000, rows)), 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.04)
+
+
+def test_no_number_of_rows_settles_a_difference_of_zero():
+    assert rows_for_power([1, -1]) is None
+    assert rows_for_power([1.0, 1.0]) == 2
+
+
+def test_what_cannot_be_compared_is_an_error():
+    with pytest.raises(InputError, match="at least two prompts"):
+        paired_bootstrap([1, 2], [0, 0], groups=["a", "a"])
+    with pytest.raises(InputError, match="no scores"):
+        win_rate([], [])
+    with pytest.raises(InputError, match="not finite"):
+        win_rate([float("nan")], [0])
+    with pytest.raises(ValueError, match="one shape"):
+        win_rate([1, 2], [1])
+    with pytest.raises(ValueError, match="2 differences but 3 groups"):
+        paired_bootstrap([1, 2], [0, 0], groups=[1, 2, 3])

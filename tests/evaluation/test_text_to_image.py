@@ -1,0 +1,310 @@
+"""The comparison: same prompts and seeds for all, nothing generated twice, and an honest report."""
+
+import json
+import re
+import runpy
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+from launching import ROOT, arguments, torchrun
+
+from prefopt.diffusion.generator import Generator, Sampler
+from prefopt.errors import InputError
+from prefopt.evaluation import text_to_image, words
+from prefopt.evaluation.report import write_report
+from prefopt.evaluation.scorers import Scorer
+from prefopt.evaluation.stats import paired_bootstrap, win_rate
+from prefopt.evaluation.text_to_image import compare
+
+RECIPE = "recipes/compare_text_to_image.py"
+PROMPTS = ["a red lion", "two <script>alert(1)</script> zebras", "snow & ice"]
+SAMPLER = Sampler(num_inference_steps=2, guidance_scale=2.0)
+
+
+class Brightness:
+    """A scorer with an identity, which counts what it is asked."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def scorer(self, name="brightness"):
+        return Scorer(name, f"{name} score", "how bright it is", self, identity="brightness 1")
+
+    def __call__(self, images, prompts):
+        self.asked += len(images)
+        return np.array([np.asarray(image).mean() for image in images], dtype=np.float32)
+
+
+def is_bright(images, prompts):
+    bright = np.array([np.asarray(image).mean() > 127 for image in images])
+    return {"red": bright, "all": bright & np.array(["red" in prompt for prompt in prompts])}
+
+
+BRIGHT = Scorer("bright", "brightness rate", "whether it is bright", is_bright, "proportion", "all")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    model = tiny.tiny_stable_diffusion(folder / "sd")
+    tiny.tiny_clip(folder / "clip")
+    tiny.tiny_adapter(model, folder / "lora")
+    (folder / "lora" / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": i, "loss": 0.7 - i / 100, "rewards/accuracies": 0.5, "error/chosen": 0.1})
+            + "\n"
+            for i in range(1, 9)
+        )
+    )
+    return folder
+
+
+def systems(models, *scales):
+    base, lora = str(models / "sd"), str(models / "lora")
+    adapted = {f"dpo at {scale:g}": Generator(base, lora, scale, sampler=SAMPLER) for scale in scales}
+    return {"base": Generator(base, sampler=SAMPLER), **adapted}
+
+
+@pytest.fixture(scope="module")
+def compared(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    scorers = [Brightness().scorer(), BRIGHT]
+    summary = compare(systems(models, 0, 0.5, 1), PROMPTS, [3, 4], scorers, folder)
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return folder, summary, rows
+
+
+def scores(rows, system, metric="brightness"):
+    return np.array([row["scores"][metric] for row in rows if row["system"] == system], dtype=float)
+
+
+def test_every_system_draws_every_prompt_with_every_seed(compared):
+    folder, summary, rows = compared
+    pairs = [(prompt, seed) for prompt in PROMPTS for seed in (3, 4)]
+    for system in ("base", "dpo at 0", "dpo at 0.5", "dpo at 1"):
+        assert [(row["prompt"], row["seed"]) for row in rows if row["system"] == system] == pairs
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert summary["prompts"] == 3 and summary["seeds"] == [3, 4]
+    assert {metric: told["kind"] for metric, told in summary["metrics"].items()} == {
+        "brightness": "score",
+        "bright/red": "proportion",
+        "bright/all": "proportion",
+    }
+    assert {"torch", "diffusers", "python"} <= summary["versions"].keys()
+
+
+def test_scale_0_is_the_base_and_shares_its_images(compared):
+    folder, summary, rows = compared
+    images = {name: [row["image"] for row in rows if row["system"] == name] for name in summary["systems"]}
+    assert images["dpo at 0"] == images["base"] and not set(images["dpo at 1"]) & set(images["base"])
+    assert len(list((folder / "images").iterdir())) == 18
+    zero = summary["contrasts"][0]["metrics"]["brightness"]
+    assert zero["wins"]["ties"] == 6 and zero["difference"]["mean"] == 0 and zero["prompts_for_power"] is None
+
+
+def test_the_summary_is_the_statistics_of_the_table(compared):
+    _, summary, rows = compared
+    base, dpo = scores(rows, "base"), scores(rows, "dpo at 1")
+    contrast = summary["contrasts"][2]
+    assert (contrast["system"], contrast["against"]) == ("dpo at 1", "base")
+    entry = contrast["metrics"]["brightness"]
+    assert entry["mean"] == summary["systems"]["dpo at 1"]["means"]["brightness"] == pytest.approx(dpo.mean())
+    expected = paired_bootstrap(dpo, base, groups=np.repeat([1, 2, 0], 2))
+    assert (entry["difference"]["mean"], entry["difference"]["groups"]) == (pytest.approx(expected.mean), 3)
+    assert entry["difference"]["low"] == pytest.approx(expected.low, abs=0.05)
+    wins = win_rate(dpo, base)
+    assert entry["wins"]["wins"] == wins.wins and entry["wins"]["rate"] == wins.rate
+
+
+def test_a_rerun_draws_nothing_and_asks_no_scorer_with_an_identity_again(
+    models, compared, tmp_path, monkeypatch
+):
+    _, summary, _ = compared
+    first = Brightness()
+    compare(systems(models, 1), PROMPTS, [3, 4], [first.scorer()], tmp_path)
+    assert first.asked == 12
+    with (tmp_path / "scores-00000.jsonl").open("a") as file:
+        file.write('\n{"image": "half a li')  # a run killed while writing
+    monkeypatch.setattr(text_to_image, "load_pipeline", lambda *a, **k: pytest.fail("drew again"))
+    again = Brightness()
+    repeated = compare(systems(models, 1), PROMPTS, [3, 4], [again.scorer()], tmp_path)
+    assert again.asked == 0 and repeated["contrasts"][0]["metrics"].keys() == {"brightness"}
+    assert (
+        repeated["systems"]["base"]["means"]["brightness"]
+        == summary["systems"]["base"]["means"]["brightness"]
+    )
+
+
+def test_a_further_system_draws_its_own_images_alone(models, tmp_path):
+    scorer = Brightness()
+    compare(systems(models, 1), PROMPTS[:2], [3], [scorer.scorer()], tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    compare(systems(models, 1, 0.5), PROMPTS[:2], [3], [scorer.scorer()], tmp_path)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    assert before.items() <= after.items() and len(after) == len(before) + 2 and scorer.asked == 6
+
+
+def test_the_identity_is_the_content_of_the_weights(models, tmp_path):
+    model = Generator(tiny.tiny_stable_diffusion(tmp_path / "x"))
+    other = Generator(tiny.tiny_stable_diffusion(tmp_path / "y", seed=1))
+    assert model.weights == Generator(str(models / "sd")).weights
+    assert model.weights != other.weights
+    lora = Generator(model.model, str(models / "lora"), 0.5)
+    assert lora.weights["model"] == model.weights["model"]
+    assert lora.weights != model.weights
+
+
+def test_what_cannot_be_compared_is_named(models, tmp_path):
+    scorer = [Brightness().scorer()]
+    with pytest.raises(InputError, match="2 prompts or more, not 1"):
+        compare(systems(models, 1), PROMPTS[:1], [0], scorer, tmp_path)
+    with pytest.raises(InputError, match="'a' is named twice among the prompts"):
+        compare(systems(models, 1), ["a", "b", "a"], [0], scorer, tmp_path)
+    with pytest.raises(InputError, match="2 systems or more"):
+        compare(systems(models), PROMPTS, [0], scorer, tmp_path)
+    with pytest.raises(InputError, match=r"no summary\.json"):
+        write_report(tmp_path)
+    with pytest.raises(ValueError, match="the scorer odd gave"):
+        odd = Scorer("odd", "odd", "one number for all", lambda images, prompts: np.zeros(1))
+        compare(systems(models, 1), PROMPTS, [0], [odd], tmp_path)
+
+
+def test_the_report_is_one_file_that_escapes_what_it_shows(models, compared):
+    folder, _, _ = compared
+    page = write_report(folder, runs=[models / "lora"]).read_text()
+    assert "<script" not in page and "two &lt;script&gt;alert(1)&lt;/script&gt; zebras" in page
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert not re.findall(r"url\((?!#)|@import|<link|<iframe", page)
+    assert page.count("<svg") == 2 + 2 + 3  # win bars, scale curves, training curves
+    assert len(re.findall(r'\bid="([^"]+)"', page)) == len(set(re.findall(r'\bid="([^"]+)"', page)))
+    assert write_report(folder, runs=[models / "lora"]).read_text() == page
+
+
+def test_any_scorer_has_a_report_under_its_own_name_and_a_lower_loss_is_a_win(models, tmp_path):
+    """Guards: a report that looks for a CLIP score, and takes every higher number for a gain."""
+    darkness = Scorer("dark", "darkness loss", "how bright it is, which is bad", Brightness(), "loss")
+    bright = Brightness().scorer("PickScore_v1")
+    summary = compare(systems(models, 1), PROMPTS, [0, 1], [darkness, bright], tmp_path)
+    gap = summary["contrasts"][0]["metrics"]
+    assert gap["dark"]["wins"]["wins"] == gap["PickScore_v1"]["wins"]["losses"]
+    assert gap["dark"]["difference"]["mean"] == pytest.approx(gap["PickScore_v1"]["difference"]["mean"])
+    assert gap["dark"]["wins"]["wins"] + gap["dark"]["wins"]["losses"] > 0
+    page = write_report(tmp_path).read_text()
+    assert "darkness loss" in page and "PickScore_v1 score" in page and "CLIP" not in page
+
+
+def test_hostile_names_of_systems_and_runs_stay_text(models, tmp_path):
+    run = tmp_path / "<img src=x onerror=alert(1)>$x_$"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text((models / "lora" / "metrics.jsonl").read_text())
+    name = '"><script>alert(1)</script>$\\frac$'
+    base = Generator(str(models / "sd"), sampler=SAMPLER)
+    odd = replace(base, adapter=str(models / "lora"))
+    scorer = Scorer("clip", "CLIP score", "an <img src=x>", Brightness())
+    compare({"base": base, name: odd}, PROMPTS, [0], [scorer], tmp_path)
+    page = write_report(tmp_path, runs=[run, models / "lora"]).read_text()
+    assert "<script" not in page and "<img src=x" not in page and "CLIP score" in page
+
+
+def test_shown_bounds_the_images(compared):
+    folder, _, _ = compared
+    assert write_report(folder, shown=3).read_text().count("<img") == 3 * 4
+    assert write_report(folder, shown=24).read_text().count("<img") == 6 * 4
+
+
+def test_a_run_without_metrics_is_named(compared, tmp_path):
+    with pytest.raises(InputError, match=r"no metrics\.jsonl"):
+        write_report(compared[0], runs=[tmp_path])
+
+
+def contrast(mean, low, high, prompts_for_power=63, better=1):
+    gap = {"mean": mean, "low": low, "high": high, "level": 0.95}
+    return {
+        "mean": 0.41 + mean,
+        "mean_against": 0.41,
+        "difference": gap,
+        "prompts_for_power": prompts_for_power,
+        "better": better,
+    }
+
+
+def test_figures_are_said_in_words():
+    entry = contrast(0.165, 0.09, 0.241)
+    sentence = words.difference_sentence("oracle accuracy", "proportion", entry)
+    assert sentence.replace(words.PERCENT, " %").replace(words.ARROW, "->") == (
+        "oracle accuracy 41.0 % -> 57.5 %, +16.5 points, 95 % interval 9.0 to 24.1."
+    )
+    assert words.verdict(entry, 100).startswith("A gain")
+    assert words.verdict(contrast(-0.1, -0.2, -0.01), 100).startswith("A loss")
+    assert words.verdict(contrast(-0.1, -0.2, -0.01, better=-1), 100).startswith("A gain")
+    assert "About 2,140 prompts" in words.verdict(contrast(0.01, -0.1, 0.1, 2140), 100)
+    assert words.verdict(contrast(0.0, 0.0, 0.0, None), 100) == "No difference."
+    assert words.change(-0.0001, "score") == "0.00" and words.change(0.0001, "proportion") == "0.0 points"
+    assert words.change(-1.5, "score") == "\N{MINUS SIGN}1.50"
+
+
+TITLES = {"clip": "CLIP score", "oracle/all": "oracle accuracy"}
+
+
+def test_a_judge_that_is_pleased_while_the_truth_falls_is_pointed_out():
+    entry = {"metrics": {"clip": contrast(0.1, 0.05, 0.2), "oracle/all": contrast(-0.1, -0.2, -0.05)}}
+    warning = words.disagreement(entry, TITLES)
+    assert warning is not None and "CLIP score improved, oracle accuracy got worse" in warning
+    entry["metrics"]["oracle/all"] = contrast(0.1, -0.2, 0.3)
+    assert words.disagreement(entry, TITLES) is None
+
+
+def recipe(monkeypatch, *arguments):
+    """Run the recipe in this process, as `python recipes/compare_text_to_image.py` would."""
+    monkeypatch.setattr(sys, "argv", [RECIPE, *arguments])
+    runpy.run_path(str(ROOT / RECIPE), run_name="__main__")
+
+
+def test_the_recipe_by_path_in_two_processes_gives_what_one_gives(models, tmp_path, monkeypatch, capsys):
+    options = {
+        "model_name_or_path": models / "sd",
+        "systems": ["base", f"dpo={models / 'lora'}"],
+        "lora_scales": [0, 1],
+        "clip_model_name_or_path": models / "clip",
+        "prompts": "pocket",
+        "num_inference_steps": 2,
+        "num_prompts": 4,
+        "runs": models / "lora",
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    recipe(monkeypatch, *arguments(options | {"output_dir": one}))
+    assert "dpo at 1" in capsys.readouterr().out and (one / "report.html").stat().st_size < 1_000_000
+    summary = json.loads((one / "summary.json").read_text())
+    assert summary["metrics"].keys() >= {"clip", "oracle/all", "oracle/animal", "oracle/count"}
+
+    torchrun(RECIPE, options | {"output_dir": two})
+    # Each process leaves the scores of its share: both took part.
+    shares = [len((two / f"scores-0000{rank}.jsonl").read_text().split("\n")) for rank in (0, 1)]
+    assert shares[0] == shares[1] > 1
+    tables = [
+        [json.loads(line) for line in (d / "results.jsonl").read_text().splitlines()] for d in (one, two)
+    ]
+    assert [row["image"] for row in tables[0]] == [row["image"] for row in tables[1]]
+    clips = [[row["scores"]["clip"] for row in table] for table in tables]
+    np.testing.assert_allclose(*clips, atol=0.2)  # pixels may differ by the kernels' rounding
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--systems", "base", "dpo=no/such/run"], "no/such/run"),
+        (["--prompts", "no-prompts.txt"], "no-prompts.txt"),
+        (["--no_such_option", "1"], "no_such_option"),
+        (["--systems", "base", "base"], "'base' is named twice among the systems"),
+    ],
+)
+def test_bad_input_ends_with_a_message_and_exit_code_2(models, tmp_path, flags, message, monkeypatch, capsys):
+    given = ["--model_name_or_path", str(models / "sd"), "--clip_model_name_or_path", str(models / "clip")]
+    given += ["--prompts", "pocket"]
+    adapter = ["--systems", "base", f"dpo={models / 'lora'}", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        recipe(monkeypatch, *given, *adapter, *flags)
+    assert stop.value.code == 2 and message in capsys.readouterr().err

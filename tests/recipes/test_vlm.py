@@ -1,0 +1,212 @@
+"""`recipes/vlm_dpo.py` as a user runs it: first losses, every option, what it saves, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import running
+import torch
+from launching import ROOT, launch, torchrun
+from peft import PeftModel
+from running import logged
+from tiny_vlm import LLAVA_1_5, PEFT_ON_TRANSFORMERS_5, tiny_llava, vision_pairs
+from torch import Tensor
+from transformers import AutoProcessor
+
+from prefopt.errors import InputError
+from prefopt.vlm.models import ADAPTER_FILE, load_vlm
+
+pytestmark = pytest.mark.filterwarnings(PEFT_ON_TRANSFORMERS_5)
+
+RECIPE = "recipes/vlm_dpo.py"
+LN2 = math.log(2)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options that every run here shares: a tiny LLaVA, twelve pairs, a step of four."""
+    folder = tmp_path_factory.mktemp("setting")
+    vision_pairs().save_to_disk(folder / "pairs")
+    return {
+        "model_name_or_path": tiny_llava(folder / "model", template=LLAVA_1_5),
+        "dataset_name": str(folder / "pairs"),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+    }
+
+
+train = partial(running.train, name="vlm_dpo")
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": None, "dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_the_first_loss_is_ln_2_by_path(setting: dict, options: dict, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launched = launch(RECIPE, setting | {"output_dir": run} | options, tmp_path / "output")
+    assert launched.wait(300) == 0, launched.text()
+    losses = logged(run)
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(LN2, abs=1e-6)
+    assert losses[1] != pytest.approx(LN2, abs=1e-6)
+    assert logged(run, "rewards/margins")[0] == 0
+    assert logged(run, "rewards/accuracies")[0] == 0.5
+    assert "12 rows" in launched.text()
+    assert "2 a batch x 2 accumulated x 1 processes = 4 a step" in launched.text()
+
+
+def test_a_saved_adapter_is_the_trained_policy(setting: dict, tmp_path: Path) -> None:
+    trainer = train(setting, tmp_path)
+    again = PeftModel.from_pretrained(load_vlm(setting["model_name_or_path"])[0], str(tmp_path)).eval()
+    batch = trainer.data_collator([trainer.train_dataset[i, 0] for i in range(3)])
+    with torch.no_grad():
+        scores = trainer.score(again, batch).scores
+        assert torch.equal(scores, trainer.score(trainer.model.eval(), batch).scores)
+        with again.disable_adapter():
+            assert not torch.equal(scores, trainer.score(again, batch).scores)
+    assert AutoProcessor.from_pretrained(tmp_path).chat_template == LLAVA_1_5
+    assert json.loads((tmp_path / "config.json").read_text())["options"]["beta"] == 0.1
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_full_fine_tuning_starts_at_ln_2_and_saves_a_model(setting: dict, bf16: bool, tmp_path: Path) -> None:
+    trainer = train(setting, tmp_path, use_peft=False, bf16=bf16, learning_rate=1e-4)
+    assert logged(tmp_path)[0] == pytest.approx(LN2, abs=1e-6)
+    again, _ = load_vlm(str(tmp_path / "model"))
+    base, _ = load_vlm(setting["model_name_or_path"])
+    trained, untrained = trainer.model.state_dict(), base.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in again.state_dict().items())
+    frozen = trainer.reference_model.state_dict()
+    assert all(torch.equal(value, frozen[name]) for name, value in untrained.items())
+    assert any(not torch.equal(value, trained[name]) for name, value in untrained.items())
+    assert "options" in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"loss_type": "ipo", "beta": 0.25}, (1 / (2 * 0.25)) ** 2),
+        ({"loss_type": "hinge"}, 1.0),
+        ({"loss_type": "robust", "label_smoothing": 0.2}, LN2),
+        ({"label_smoothing": 0.2}, LN2),
+        ({"max_length": 60}, LN2),
+        ({"lora_dropout": 0.5, "lora_target_modules": ["q_proj"], "use_rslora": True}, LN2),
+        ({"attn_implementation": "eager", "seed": 3}, LN2),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_every_option_runs(setting: dict, options: dict, first: float, tmp_path: Path) -> None:
+    """The first loss of each objective at a margin of zero."""
+    train(setting, tmp_path, **options)
+    assert logged(tmp_path)[0] == pytest.approx(first, abs=1e-6)
+    assert logged(tmp_path)[1] != pytest.approx(first, abs=1e-7)
+
+
+def softplus(x: Tensor) -> Tensor:
+    return torch.log1p(torch.exp(x))
+
+
+@pytest.mark.parametrize("loss_type", ["cpo", "simpo"])
+def test_losses_without_a_reference_start_at_the_hand_worked_value(setting, tmp_path, loss_type) -> None:
+    """On the base model's scores of the first step's rows, in float64: beta 0.1, gamma 0.5."""
+    trainer = train(setting, tmp_path, loss_type=loss_type, max_steps=1)
+    rows = [index for index, _ in list(trainer._get_train_sampler())[:4]]
+    batch = trainer.data_collator([trainer.train_dataset[index, 0] for index in rows])
+    model, _ = load_vlm(setting["model_name_or_path"])
+    with torch.no_grad():
+        chosen, rejected = trainer.score(model.eval(), batch).scores.double().unbind(1)
+    tokens = batch["completion_mask"].sum(dim=1).double().view(2, 4)
+    expected = softplus(-(0.1 * (chosen / tokens[0] - rejected / tokens[1]) - 0.5)).mean()
+    if loss_type == "cpo":
+        expected = softplus(-0.1 * (chosen - rejected)).mean() - chosen.sum() / tokens[0].sum()
+    assert logged(tmp_path)[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_likelihood_of_cpo_is_the_same_under_any_split_of_the_step(setting, tmp_path) -> None:
+    """Guards: a mean over tokens of each batch apart, which weighs short answers more in small batches.
+
+    Four rows a step: in one batch, in two, in four, and in two processes.
+    """
+    splits = {"whole": (4, 1), "two": (2, 2), "four": (1, 4)}
+    for name, (batch, accumulated) in splits.items():
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        trainer = train(setting, tmp_path / name, loss_type="cpo", max_steps=3, **options)
+    batch = trainer.data_collator([trainer.train_dataset[index, 0] for index in range(12)])
+    assert batch["tokens"][:, 0].unique().numel() > 3, "or any weights would do"
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 3}
+    torchrun(RECIPE, setting | options | {"loss_type": "cpo", "output_dir": tmp_path / "processes"})
+    config = json.loads((tmp_path / "processes" / "config.json").read_text())
+    assert "2 a batch x 1 accumulated x 2 processes = 4 a step" in config["arithmetic"]
+    whole = logged(tmp_path / "whole")
+    assert len(set(whole)) == 3
+    for name in ("two", "four", "processes"):
+        assert logged(tmp_path / name) == pytest.approx(whole, abs=1e-5)
+
+
+def test_activation_checkpointing_changes_no_loss(setting: dict, tmp_path: Path) -> None:
+    train(setting, tmp_path / "plain")
+    train(setting, tmp_path / "checkpointed", activation_checkpointing=True)
+    assert logged(tmp_path / "checkpointed") == pytest.approx(logged(tmp_path / "plain"), abs=1e-6)
+
+
+def test_dpo_goes_on_from_a_trained_adapter(setting: dict, tmp_path: Path) -> None:
+    train(setting, tmp_path / "first")
+    trainer = train(setting, tmp_path / "second", adapter_name_or_path=str(tmp_path / "first"))
+    assert logged(tmp_path / "second")[0] == pytest.approx(LN2, abs=1e-6)
+    again = PeftModel.from_pretrained(load_vlm(setting["model_name_or_path"])[0], str(tmp_path / "second"))
+    batch = trainer.data_collator([trainer.train_dataset[0, 0]])
+    with torch.no_grad():
+        assert torch.equal(
+            trainer.score(again.eval(), batch).scores, trainer.score(trainer.model.eval(), batch).scores
+        )
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(setting: dict, tmp_path: Path) -> None:
+    every_step = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
+    train(setting, tmp_path / "whole", **every_step)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    train(setting, tmp_path / "resumed", **every_step, resume_from_checkpoint=checkpoint)
+    whole, resumed = ((tmp_path / name / ADAPTER_FILE).read_bytes() for name in ("whole", "resumed"))
+    assert whole == resumed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_name_or_path": "./nowhere"}, "there is no ./nowhere"),
+        ({"model_name_or_path": ""}, "--model_name_or_path is missing"),
+        ({"dataset_name": "./nowhere"}, "nowhere"),
+        ({"max_length": 20}, "max_length 20 leaves no room"),
+        ({"max_length": 0}, "--max_length is 0"),
+        ({"beta": 0.0}, "--beta is 0"),
+        ({"label_smoothing": 0.5}, "--label_smoothing is 0.5"),
+        ({"reference": "cache"}, "--reference cache"),
+        ({"use_peft": False, "dtype": "bfloat16"}, "--dtype bfloat16"),
+        ({"adapter_name_or_path": "./nowhere"}, "there is no ./nowhere"),
+        ({"lora_target_modules": ["nothing"]}, "nothing"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_named(setting: dict, options: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        train(setting, tmp_path, **options)
+
+
+def test_bad_input_ends_with_one_message_and_exit_code_2(
+    setting: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model_name_or_path", "./nowhere", "--dataset_name", setting["dataset_name"]]
+    monkeypatch.setattr("sys.argv", [RECIPE, *flags, "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / RECIPE), run_name="__main__")
+    said = capsys.readouterr().err
+    assert "error: --model_name_or_path: there is no ./nowhere" in said
+    assert "Traceback" not in said

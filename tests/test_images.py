@@ -1,0 +1,63 @@
+"""Pictures of every kind become RGB as a person sees them, or an error."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from pictures import encoded
+from PIL import Image
+
+from prefopt.errors import InputError
+from prefopt.images import open_image
+
+
+def grey(image: Image.Image) -> list[int]:
+    assert image.mode == "RGB"
+    return [image.getpixel((x, 0))[0] for x in range(image.width)]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled(kind):
+    """Guards: PIL's own conversion, which makes everything above 255 white."""
+    deep = Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16))
+    assert grey(open_image(encoded(deep, kind), "row 1")) == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (np.array([[np.nan, 0.5]], dtype=np.float32), "floating-point numbers"),
+        (np.array([[70000, 1]], dtype=np.int32), "32-bit integers"),
+    ],
+)
+def test_numbers_of_unknown_range_are_refused(values, what):
+    """Guards: a float TIFF that becomes black."""
+    with pytest.raises(InputError, match=f"row 1: an image of {what}.*8 or 16 bits"):
+        open_image(encoded(Image.fromarray(values), "TIFF"), "row 1")
+
+
+def test_transparent_parts_are_white():
+    """Guards: alpha that is dropped, so that the colours under it appear."""
+    pixels = np.array([[[255, 0, 0, 0], [255, 0, 0, 255], [255, 0, 0, 128]]], dtype=np.uint8)
+    image = open_image(encoded(Image.fromarray(pixels), "PNG"), "row 1")
+    assert [image.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (255, 0, 0)]
+    assert image.getpixel((2, 0))[1] == pytest.approx(127, abs=1)
+    palette = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "L").convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    image = open_image(encoded(palette, "PNG", transparency=0), "row 1")
+    assert [image.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (40, 50, 60)]
+
+
+def test_a_turned_photo_stands_upright():
+    image, exif = Image.new("RGB", (4, 2)), Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    assert open_image(buffer.getvalue(), "row 1").size == (2, 4)
+
+
+def test_what_is_no_picture_is_named():
+    with pytest.raises(InputError, match="row 1: 8 bytes that are no readable image: cannot be decoded"):
+        open_image(b"no image", "row 1")
