@@ -1,1 +1,1 @@
-"""Builders of preference data: models draw candidates, models judge them, best and worst make pairs."""
+"""Builders of preference data: models generate candidates, models judge them, best and worst make pairs."""

@@ -57,7 +57,7 @@ def main(
     judge = judge or lazy_judge(
         str(config.judge_model_name_or_path),
         config.judge_revision,
-        rubric,
+        rubric=rubric,
         dtype=getattr(torch, config.judge_dtype),
         device=device,
         batch_size=config.judge_batch_size,

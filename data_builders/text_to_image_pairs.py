@@ -76,7 +76,7 @@ def main(config: TextToImagePairsConfig, judge: Lazy[Judge] | None = None) -> No
         or lazy_judge(
             str(config.judge_model_name_or_path),
             config.judge_revision,
-            rubric,
+            rubric=rubric,
             dtype=getattr(torch, config.judge_dtype),
             device=torch.device(str(state.device)),
             batch_size=config.judge_batch_size,

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
+from prefopt import pocket
 from prefopt.errors import InputError
-from prefopt.options import check_interval, option
+from prefopt.options import check_interval, check_paths_exist, option
 
 LATEST = "latest"
 
@@ -91,3 +92,25 @@ class DatasetArguments:
     )
     dataset_revision: str | None = option(None, "Revision of the dataset on the hub.")
     dataset_train_split: str = option("train", "The split to train on.")
+
+
+@dataclass
+class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
+    """The options of a recipe that trains a model."""
+
+    model_name_or_path: str = option("", "The model to train: a folder or a hub id.")
+    model_revision: str | None = option(None, "Revision of the model on the hub.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "Of the frozen weights; trained ones stay float32. --bf16 and --fp16 set the arithmetic."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model_name_or_path:
+            raise InputError("--model_name_or_path is missing; name a folder or a hub id")
+        pocket.fill_defaults(self, self.model_name_or_path, "dataset_name")
+        check_paths_exist(self, "model_name_or_path", "dataset_name", "adapter_name_or_path")
+        if self.adapter_name_or_path and not self.use_peft:
+            raise InputError("--adapter_name_or_path trains that adapter; leave out --no_use_peft")
+        if self.dtype != "float32" and not self.use_peft:
+            raise InputError(f"--dtype {self.dtype} is for frozen weights; full fine-tuning keeps float32")

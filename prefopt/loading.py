@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -52,6 +53,26 @@ def load_complete(kind: Any, name: str | Path, what: str, revision: str | None =
             f"{type(model).__name__}, {lacking[0]} among them; name another model"
         )
     return model
+
+
+def load_part(kind: Any, name: str | Path, what: str, revision: str | None = None, **options: Any) -> Any:
+    """`kind.from_pretrained(name)` of a tokenizer or processor; what cannot be loaded is an InputError."""
+    try:
+        return kind.from_pretrained(name, revision=revision or "main", **options)
+    except UNUSABLE as error:
+        raise not_loaded(what, name, error) from error
+
+
+def load_parts(index: Mapping[str, Any], folder: Path, dtype: Any) -> dict[str, Any]:
+    """The models that a pipeline's index names, each complete; the safety checker is left out."""
+    models = {}
+    for name, entry in index.items():
+        library, kind = entry if isinstance(entry, list | tuple) else (None, None)
+        module = import_module(library) if library in ("diffusers", "transformers") else None
+        part = getattr(module, str(kind), None) if module and name != "safety_checker" else None
+        if isinstance(part, type) and issubclass(part, nn.Module):
+            models[name] = load_complete(part, folder, f"pipeline's {name}", subfolder=name, dtype=dtype)
+    return models
 
 
 def not_loaded(what: str, name: str | Path, error: Exception) -> InputError:

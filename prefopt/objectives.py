@@ -75,14 +75,27 @@ class Objective:
             )
 
 
-def pairwise(loss: Callable[..., PreferenceLoss], **options: Any) -> Objective:
-    """The objective of a loss on (policy, reference) pairs; `label_smoothing` is 1 - p_chosen if given."""
+def pairwise(
+    loss: Callable[..., PreferenceLoss],
+    *,
+    with_reference: bool = True,
+    per_token: bool = False,
+    soft_labels: bool = False,
+    **options: Any,
+) -> Objective:
+    """The objective of a loss on pairs of scores: the policy's and, `with_reference`, the reference's.
+
+    `per_token` averages scores over a completion's tokens. With `soft_labels` a batch's p_chosen takes the
+    place of the loss's `label_smoothing`, which is then 1 - p_chosen.
+    """
 
     def compute(scored: Scored, reference: Tensor | None, batch: Batch) -> Loss:
-        policy, compared = _pair(scored.scores), _pair(_given(reference))
-        return _loss(loss(policy, compared, **options | _soft_labels(batch)))
+        sides = [scored.scores] + ([_given(reference)] if with_reference else [])
+        pairs = [_pair(_per_token(scores, batch) if per_token else scores) for scores in sides]
+        outcome = loss(*pairs, **options | (_soft_labels(batch) if soft_labels else {}))
+        return Loss(outcome.losses, outcome.rewards.stacked)
 
-    return Objective(compute, soft_labels="label_smoothing" in options)
+    return Objective(compute, with_reference, soft_labels=soft_labels)
 
 
 def supervised() -> Objective:
@@ -94,58 +107,28 @@ def supervised() -> Objective:
     return Objective(compute, needs_reference=False, needs=frozenset({"nll"}))
 
 
-# The menu
+def contrastive(beta: float, likelihood_weight: float, label_smoothing: float) -> Objective:
+    """CPO: pairs without a reference, and the likelihood of the chosen as in supervised fine-tuning."""
 
-
-def _dpo(options: ObjectiveOptions, beta: float) -> Objective:
-    return pairwise(dpo_loss, beta=beta, label_smoothing=options.label_smoothing)
-
-
-def _ipo(options: ObjectiveOptions, beta: float) -> Objective:
     def compute(scored: Scored, reference: Tensor | None, batch: Batch) -> Loss:
-        policy, compared = (_pair(_per_token(s, batch)) for s in (scored.scores, _given(reference)))
-        return _loss(ipo_loss(policy, compared, beta=beta))
-
-    return Objective(compute)
-
-
-def _hinge(options: ObjectiveOptions, beta: float) -> Objective:
-    return pairwise(hinge_loss, beta=beta)
-
-
-def _robust(options: ObjectiveOptions, beta: float) -> Objective:
-    objective = pairwise(robust_dpo_loss, beta=beta, label_smoothing=options.label_smoothing)
-    return Objective(objective.compute)  # a p_chosen of one half would divide by 0
-
-
-def _cpo(options: ObjectiveOptions, beta: float) -> Objective:
-    def compute(scored: Scored, reference: Tensor | None, batch: Batch) -> Loss:
+        options = {"beta": beta, "likelihood_weight": likelihood_weight, "label_smoothing": label_smoothing}
         nll = _chosen_nll(scored, batch)
-        smoothing = {"label_smoothing": options.label_smoothing} | _soft_labels(batch)
-        weight = options.likelihood_weight
-        loss = cpo_loss(
-            _pair(scored.scores), beta=beta, chosen_nll=nll, likelihood_weight=weight, **smoothing
-        )
-        return _loss(loss)._replace(terms={"nll/chosen": nll.detach()})
+        outcome = cpo_loss(_pair(scored.scores), chosen_nll=nll, **options | _soft_labels(batch))
+        return Loss(outcome.losses, outcome.rewards.stacked, {"nll/chosen": nll.detach()})
 
     return Objective(compute, needs_reference=False, needs=frozenset({"nll"}), soft_labels=True)
 
 
-def _simpo(options: ObjectiveOptions, beta: float) -> Objective:
-    def compute(scored: Scored, reference: Tensor | None, batch: Batch) -> Loss:
-        policy = _pair(_per_token(scored.scores, batch))
-        return _loss(simpo_loss(policy, beta=beta, gamma=options.simpo_gamma))
-
-    return Objective(compute, needs_reference=False)
-
-
+# The menu, by --loss_type: from the options and a plain beta. (A p_chosen of 0.5 would divide robust by 0.)
 OBJECTIVES: dict[str, Callable[[ObjectiveOptions, float], Objective]] = {
-    "dpo": _dpo,
-    "ipo": _ipo,
-    "hinge": _hinge,
-    "robust": _robust,
-    "cpo": _cpo,
-    "simpo": _simpo,
+    "dpo": lambda o, beta: pairwise(dpo_loss, beta=beta, label_smoothing=o.label_smoothing, soft_labels=True),
+    "ipo": lambda o, beta: pairwise(ipo_loss, beta=beta, per_token=True),
+    "hinge": lambda o, beta: pairwise(hinge_loss, beta=beta),
+    "robust": lambda o, beta: pairwise(robust_dpo_loss, beta=beta, label_smoothing=o.label_smoothing),
+    "cpo": lambda o, beta: contrastive(beta, o.likelihood_weight, o.label_smoothing),
+    "simpo": lambda o, beta: pairwise(
+        simpo_loss, beta=beta, gamma=o.simpo_gamma, per_token=True, with_reference=False
+    ),
 }
 SMOOTHED = ("dpo", "robust", "cpo")
 
@@ -188,10 +171,6 @@ def _pair(scores: Tensor) -> Pair:
     if scores.shape[1] != 2:
         raise InputError(f"this --loss_type is for pairs; an example here has {scores.shape[1]} candidates")
     return Pair(*scores.unbind(1))
-
-
-def _loss(outcome: PreferenceLoss) -> Loss:
-    return Loss(outcome.losses, outcome.rewards.stacked)
 
 
 def _soft_labels(batch: Batch) -> dict[str, Any]:

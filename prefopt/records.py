@@ -117,7 +117,8 @@ def read_pairs(
     rows = load(source, split=split, config=config, revision=revision)
     if set(PICKAPIC) <= set(rows.column_names):
         return _checked(rows, source, PICKAPIC[:2], _pickapic_order)
-    return _checked(rows, source, ("chosen", "rejected"), _margin_order)
+    soft_labels = "p_chosen" in rows.column_names
+    return _checked(rows, source, ("chosen", "rejected"), _margin_order, soft_labels=soft_labels)
 
 
 def read_sft(
@@ -228,8 +229,8 @@ def _load_hub(source: str, split: str, config: str | None, revision: str | None)
 def _margin_order(row: dict, where: str) -> Order:
     """The order of a pair's images."""
     margin, p_chosen = row.get("margin"), row.get("p_chosen")
-    if "p_chosen" in row and not (isinstance(p_chosen, float | int) and 0 <= p_chosen <= 1):
-        raise InputError(f"{where} has the p_chosen {p_chosen!r}; it is a probability between 0 and 1")
+    if "p_chosen" in row:
+        check_p_chosen(p_chosen, where)
     if margin is not None and not (isinstance(margin, Real) and math.isfinite(margin)):
         raise InputError(f"{where} has the margin {margin!r}; a margin is a finite number")
     if margin is not None and margin < 0:
@@ -237,6 +238,12 @@ def _margin_order(row: dict, where: str) -> Order:
             f"{where} has the margin {margin}: its rejected image scores higher than its chosen one"
         )
     return Order(("chosen", "rejected"), "tie" if margin == 0 else "", p_chosen)
+
+
+def check_p_chosen(value: Any, where: str) -> None:
+    """InputError unless a soft label is a probability."""
+    if not (isinstance(value, float | int) and 0 <= value <= 1):
+        raise InputError(f"{where} has the p_chosen {value!r}; it is a probability between 0 and 1")
 
 
 def _pickapic_order(row: dict, where: str) -> Order:
@@ -250,7 +257,9 @@ def _pickapic_order(row: dict, where: str) -> Order:
     return Order(("jpg_0", "jpg_1") if left > right else ("jpg_1", "jpg_0"), "tie" if left == right else "")
 
 
-def _checked(rows: Dataset, source: str, images: tuple[str, ...], order: Callable) -> Table:
+def _checked(
+    rows: Dataset, source: str, images: tuple[str, ...], order: Callable, *, soft_labels: bool = False
+) -> Table:
     prompt = next((name for name in PROMPT_NAMES if name in rows.column_names), None)
     missing = [name for name in images if name not in rows.column_names] + ([] if prompt else ["prompt"])
     if missing:
@@ -291,7 +300,7 @@ def _checked(rows: Dataset, source: str, images: tuple[str, ...], order: Callabl
     kept = [index for index, reason in enumerate(reasons) if not reason]
     if not kept:
         raise InputError(f"{source}: none of its {len(rows)} rows can be used ({_reasons(dropped)})")
-    return Table(source, rows, facts.select(kept), dropped, soft_labels="p_chosen" in rows.column_names)
+    return Table(source, rows, facts.select(kept), dropped, soft_labels=soft_labels)
 
 
 def _column(facts: Dataset, name: str) -> list:

@@ -21,17 +21,15 @@ from typing import Literal
 
 from prefopt import pocket
 from prefopt.cli import run
-from prefopt.diffusion.generator import ADAPTER_FILE, MODEL_FILE, Generator, Sampler, adapter_file
+from prefopt.diffusion.generator import ADAPTER_FILE, MODEL_FILE, GenerationOptions, Generator, adapter_file
 from prefopt.errors import InputError
 from prefopt.options import check_paths_exist, option
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(GenerationOptions):
     """What is compared, on what, and how images are generated."""
 
-    model_name_or_path: str = option("pocket", "Base model: a folder, a hub id or `pocket`.")
-    revision: str | None = option(None, "Revision of the base model on the hub.")
     systems: list[str] = option(
         ["base", "dpo=runs/diffusion_dpo"],
         "What is compared, the baseline first: `name=path` of a LoRA or pipeline folder, or a "
@@ -49,14 +47,6 @@ class CompareConfig:
     num_prompts: int = option(100, "Use the first N prompts.")
     num_seeds: int = option(2, "Images per prompt and system.")
     seed: int = option(0, "The first seed; the others follow.")
-    num_inference_steps: int = option(30, "Denoising steps.")
-    guidance_scale: float = option(3.0, "Classifier-free guidance; 1 is none.")
-    height: int | None = option(None, "Pixels (default: the model's).")
-    width: int | None = option(None, "Pixels (default: the model's).")
-    dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "Precision of the text-to-image models."
-    )
-    batch_size: int = option(16, "Images generated at once.")
     clip_model_name_or_path: str | None = option(
         None,
         "CLIP or PickScore that scores: a folder, a hub id or `pocket` (the default for the model `pocket`).",
@@ -70,8 +60,9 @@ class CompareConfig:
     output_dir: str = option("runs/compare", "Folder for images, scores and report.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         pocket.fill_defaults(self, self.model_name_or_path, "prompts", "clip_model_name_or_path")
-        check_paths_exist(self, "model_name_or_path", "clip_model_name_or_path")
+        check_paths_exist(self, "clip_model_name_or_path")
         if self.prompts != pocket.NAME and not Path(str(self.prompts)).is_file():
             raise InputError(f"no prompts file {self.prompts}")
         _ = self.generators
@@ -79,8 +70,7 @@ class CompareConfig:
     @property
     def generators(self) -> dict[str, Generator]:
         """The systems by name, a LoRA once for each scale."""
-        sampler = Sampler(self.num_inference_steps, self.guidance_scale, self.height, self.width)
-        base = Generator(self.model_name_or_path, revision=self.revision, dtype=self.dtype, sampler=sampler)
+        base = self.generator
         systems: list[tuple[str, Generator]] = []
         for text in self.systems:
             name, _, path = text.partition("=")
@@ -93,7 +83,7 @@ class CompareConfig:
                     label = name if self.lora_scales == [1.0] else f"{name} at {scale:g}"
                     systems.append((label, replace(base, adapter=path, adapter_scale=scale)))
             elif (folder / MODEL_FILE).is_file():
-                systems.append((name, Generator(path, dtype=self.dtype, sampler=sampler)))
+                systems.append((name, replace(base, model=path, revision=None)))
             else:
                 raise InputError(f"--systems {text}: {path} holds neither {ADAPTER_FILE} nor {MODEL_FILE}")
         names = [name for name, _ in systems]

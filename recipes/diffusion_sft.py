@@ -28,12 +28,12 @@ class DiffusionSFTConfig(DiffusionConfig):
 
 def main(config: DiffusionSFTConfig):
     """Read, encode, train, save; the trainer."""
-    from prefopt.diffusion.training import read_table, train
+    from prefopt.diffusion.training import train
     from prefopt.records import read_sft
 
     return train(
         config,
-        read_table(read_sft, config),
+        read_sft,
         supervised(),
         about=lambda prediction: {"loss": f"mean squared error of {prediction}"},
     )

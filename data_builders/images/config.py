@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from data_builders.export.tables import EXPORTS
 from data_builders.images.selection import PairOptions, PairRule
 from prefopt import pocket
-from prefopt.diffusion.generator import Generator, Sampler, parse_generator
+from prefopt.diffusion.generator import GenerationOptions, Generator, parse_generator
 from prefopt.errors import InputError
 from prefopt.judges.rubric import Rubric
 from prefopt.options import check_interval, check_paths_exist, option
@@ -17,13 +17,11 @@ NONE = "none"  # in place of a detector
 
 
 @dataclass
-class BuilderConfig:
+class BuilderConfig(GenerationOptions):
     """What generates and judges the candidates, what is selected, and what is written."""
 
     candidates: int = option(8, "Images per prompt.")
     seed: int = option(0, "The seeds of the images follow from it.")
-    model_name_or_path: str = option("pocket", "Text-to-image model: a folder, a hub id or `pocket`.")
-    revision: str | None = option(None, "Revision of that model on the hub.")
     adapter: str | None = option(None, "LoRA for that model: a folder or file.")
     adapter_scale: float = option(1.0, "The LoRA's weight.")
     sources: list[str] = option(
@@ -32,12 +30,6 @@ class BuilderConfig:
         "`model steps=4 guidance=0 adapter=folder scale=0.4`.",
     )
     num_inference_steps: int = option(20, "Denoising steps.")
-    guidance_scale: float = option(3.0, "Classifier-free guidance; 1 is none.")
-    height: int | None = option(None, "Pixels (default: the model's).")
-    width: int | None = option(None, "Pixels (default: the model's).")
-    dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "Precision of the text-to-image model."
-    )
     batch_size: int = option(32, "Images generated at once.")
     block_size: int = option(
         8, "Prompts per block; a crash loses at most the unfinished block of each process."
@@ -73,18 +65,16 @@ class BuilderConfig:
     output_dir: str = option("data/images", "Folder for the dataset.")
 
     def __post_init__(self) -> None:
-        check_interval(self, "[1, inf)", "num_inference_steps", "batch_size", "block_size", "shard_megabytes")
+        super().__post_init__()
+        check_interval(self, "[1, inf)", "block_size", "shard_megabytes")
         check_interval(self, "[1, inf)", "judge_batch_size", "max_pairs_per_prompt")
         check_interval(self, "[0, inf)", "min_margin")
         check_interval(self, "[2, inf)", "candidates")
         pocket.fill_defaults(self, self.model_name_or_path, "judge_model_name_or_path")
-        check_paths_exist(self, "model_name_or_path", "adapter")
+        check_paths_exist(self, "adapter")
         if not self.judge_url:
             check_paths_exist(self, "judge_model_name_or_path")
         check_interval(self, "[0, 1)", "test_fraction")
-        for name in ("height", "width"):
-            if (value := getattr(self, name)) is not None and (value < 8 or value % 8):
-                raise InputError(f"--{name} is {value}; it is a multiple of 8")
         if unknown := [name for name in self.exports if name not in EXPORTS]:
             raise InputError(f"--exports {unknown[0]} is unknown; known are {', '.join(EXPORTS)}")
         if len(self.sources) > self.candidates:
@@ -97,10 +87,7 @@ class BuilderConfig:
     @property
     def generators(self) -> list[Generator]:
         """The models that generate a prompt's candidates in turn."""
-        sampler = Sampler(self.num_inference_steps, self.guidance_scale, self.height, self.width)
-        base = Generator(
-            self.model_name_or_path, self.adapter, self.adapter_scale, self.revision, self.dtype, sampler
-        )
+        base = replace(self.generator, adapter=self.adapter, adapter_scale=self.adapter_scale)
         return [parse_generator(text, base) for text in self.sources] or [base]
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -108,7 +107,7 @@ def generate(pipeline: Any, sampler: Sampler, batch_size: int) -> Stage:
         for batch in batched(records, batch_size):
             start = perf_counter()
             prompts, seeds = [r["prompt"] for r in batch], [r["seed"] for r in batch]
-            arrays = list(sample_arrays(pipeline, prompts, seeds, batch_size=batch_size, **asdict(sampler)))
+            arrays = list(sample_arrays(pipeline, prompts, seeds, sampler, batch_size=batch_size))
             seconds = (perf_counter() - start) / len(batch)
             for record, array in zip(batch, arrays, strict=True):
                 yield record | {"pixels": array, "seconds": seconds}

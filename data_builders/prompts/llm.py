@@ -19,7 +19,7 @@ from prefopt import pocket
 from prefopt.endpoint import Endpoint, chat_text
 from prefopt.errors import InputError
 from prefopt.files import content_key
-from prefopt.loading import UNUSABLE, Lazy, files_identity, load_complete, not_loaded
+from prefopt.loading import Lazy, files_identity, load_complete, load_part
 from prefopt.vlm.models import load_vlm
 
 LLM = "LLM"
@@ -178,12 +178,9 @@ class EndpointLLM:
 
 def _loaded(name: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """Model, and its tokenizer or (of a VLM) processor."""
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        is_vlm = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        reader = None if is_vlm else AutoTokenizer.from_pretrained(name, revision=revision)
-    except UNUSABLE as error:
-        raise not_loaded(LLM, name, error) from error
+    config = load_part(AutoConfig, name, LLM, revision, trust_remote_code=False)
+    is_vlm = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    reader = None if is_vlm else load_part(AutoTokenizer, name, LLM, revision)
     quantised = getattr(config, "quantization_config", None) is not None
     if quantised:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16

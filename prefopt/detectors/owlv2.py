@@ -15,7 +15,7 @@ from transformers import Owlv2ForObjectDetection, Owlv2Processor
 from prefopt.detectors import Box
 from prefopt.detectors.selecting import MAX_OVERLAP, MIN_CONFIDENCE, distinct, in_batches, select
 from prefopt.files import content_key
-from prefopt.loading import UNUSABLE, files_identity, load_complete, not_loaded
+from prefopt.loading import files_identity, load_complete, load_part
 
 MODEL_TYPE = "owlv2"
 TEMPLATE = "a photo of a {}"
@@ -55,10 +55,7 @@ class Owlv2:
         name, what = str(model_name_or_path), "OWLv2 with its processor"
         self.model: Any = load_complete(Owlv2ForObjectDetection, name, what, revision, dtype=torch.float32)
         self.model.eval().to(device)
-        try:
-            self.processor: Any = Owlv2Processor.from_pretrained(name, revision=revision or "main")
-        except UNUSABLE as error:
-            raise not_loaded(what, name, error) from error
+        self.processor: Any = load_part(Owlv2Processor, name, what, revision)
         self.template, self.device, self.batch_size = template, device, batch_size
         self.min_confidence, self.max_overlap = min_confidence, max_overlap
         self.identity = identity(

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from prefopt import pocket
 from prefopt.errors import InputError
-from prefopt.loading import UNUSABLE, load_complete, not_loaded
+from prefopt.loading import load_complete, load_part
 
 
 class ClassEmbeddings:
@@ -32,10 +32,7 @@ class ClassEmbeddings:
     ):
         name, what = pocket.resolve(clip, "clip"), "CLIP with its tokenizer, which embeds the classes,"
         model: Any = load_complete(CLIPModel, name, what, revision)
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision or "main")
-        except UNUSABLE as error:
-            raise not_loaded(what, name, error) from error
+        self.tokenizer: Any = load_part(AutoTokenizer, name, what, revision)
         if model.config.projection_dim > size:
             raise InputError(
                 f"{name} embeds texts in {model.config.projection_dim} numbers, the detector takes {size} at "

@@ -1,4 +1,4 @@
-"""Every diffusion model behind one face: clean latents, a draw and a conditioning go in, scores come out.
+"""Every diffusion model behind one face: latents, noise, time and conditioning go in, scores come out.
 
 A score is minus the denoising error: the mean over C, H, W of the squared difference to the target. Noise,
 noised latents and targets are float32 and are cast once, at the network's input; the error is reduced in

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import file_key, files_key
+from prefopt.options import check_interval, check_paths_exist, option
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 MODEL_FILE = "model_index.json"
@@ -81,6 +83,33 @@ class Generator:
     def names(self) -> dict[str, str | None]:
         """What model and adapter are called here; the same weights may have other names elsewhere."""
         return {"model": self.model, "model_revision": self.revision, "adapter": self.adapter}
+
+
+@dataclass
+class GenerationOptions:
+    """The options of a program that generates images."""
+
+    model_name_or_path: str = option("pocket", "Text-to-image model: a folder, a hub id or `pocket`.")
+    revision: str | None = option(None, "Revision of that model on the hub.")
+    num_inference_steps: int = option(30, "Denoising steps.")
+    guidance_scale: float = option(3.0, "Classifier-free guidance; 1 is none.")
+    height: int | None = option(None, "Pixels (default: the model's).")
+    width: int | None = option(None, "Pixels (default: the model's).")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of that model.")
+    batch_size: int = option(16, "Images generated at once.")
+
+    def __post_init__(self) -> None:
+        check_paths_exist(self, "model_name_or_path")
+        check_interval(self, "[1, inf)", "num_inference_steps", "batch_size")
+        for name in ("height", "width"):
+            if (value := getattr(self, name)) is not None and (value < 8 or value % 8):
+                raise InputError(f"--{name} is {value}; it is a multiple of 8")
+
+    @property
+    def generator(self) -> Generator:
+        """The model with these settings, without an adapter."""
+        sampler = Sampler(self.num_inference_steps, self.guidance_scale, self.height, self.width)
+        return Generator(self.model_name_or_path, None, 1.0, self.revision, self.dtype, sampler)
 
 
 def parse_generator(text: str, base: Generator) -> Generator:

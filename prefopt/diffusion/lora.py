@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prefopt.adapters import POLICY, REFERENCE, adapter_layers
+from prefopt.adapters import POLICY, REFERENCE, adapter_layers, lora_config
+from prefopt.config import LoraArguments
 from prefopt.diffusion.generator import ADAPTER_FILE, adapter_file
 from prefopt.errors import InputError
 
@@ -31,6 +31,32 @@ _LORA_DOWN = ("lora_A.", "lora_down.", "lora.down.", "lora_linear_layer.down.")
 # Adapters to train
 
 
+def make_trainable(network: Any, pipeline: Any, options: LoraArguments, targets: Sequence[str]) -> None:
+    """Give the network the adapter of the options: a fresh one, a trained one, or none: all weights train."""
+    if options.adapter_name_or_path:
+        start_from_lora(network, pipeline, options.adapter_name_or_path)
+    elif options.use_peft:
+        add_lora(network, lora_config(options, list(targets)))
+    else:
+        network.requires_grad_(True)
+
+
+def start_from_lora(network: Any, pipeline: Any, adapter: str) -> None:
+    """Continue training an adapter, its frozen copy the reference; one that does not fit is an InputError."""
+    network.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # two are meant
+        for name in (REFERENCE, POLICY):
+            load_adapter(pipeline, adapter_file(adapter), name)
+    for name, part in pipeline.components.items():
+        if part is not network and isinstance(part, nn.Module) and adapter_layers(part):
+            raise InputError(f"the adapter {adapter} changes the {name}, too; only the denoiser's is trained")
+    network.set_adapter(POLICY)
+    for layer in adapter_layers(network):
+        layer.set_adapter(POLICY)  # which also freezes the other one
+    _upcast_trained(network)
+
+
 def add_lora(network: Any, config: LoraConfig) -> None:
     """A fresh float32 LoRA on the frozen network; no layer by these names is an InputError."""
     network.requires_grad_(False)
@@ -38,22 +64,6 @@ def add_lora(network: Any, config: LoraConfig) -> None:
         network.add_adapter(config, adapter_name=POLICY)
     except ValueError as error:  # peft says which names it looked for
         raise InputError(f"--lora_target_modules {config.target_modules}: {error}") from error
-    _upcast_trained(network)
-
-
-def start_from_lora(network: Any, pipeline: DiffusionPipeline, adapter: str) -> None:
-    """Continue training an adapter, its frozen copy the reference; one that does not fit is an InputError."""
-    network.requires_grad_(False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # two are meant
-        for name in (REFERENCE, POLICY):
-            load_adapter(pipeline, adapter, name)
-    for name, part in pipeline.components.items():
-        if part is not network and isinstance(part, nn.Module) and adapter_layers(part):
-            raise InputError(f"the adapter {adapter} changes the {name}, too; only the denoiser's is trained")
-    network.set_adapter(POLICY)
-    for layer in adapter_layers(network):
-        layer.set_adapter(POLICY)  # which also freezes the other one
     _upcast_trained(network)
 
 
@@ -113,9 +123,9 @@ def load_weights(network: Any, component: str, folder: str | Path) -> None:
 # Adapters of a pipeline
 
 
-def load_adapter(pipeline: Any, adapter: str | Path, name: str = LOADED) -> None:
-    """Load a LoRA folder or file; InputError unless every pair of its factors finds its layer."""
-    file, model = adapter_file(adapter), pipeline.name_or_path
+def load_adapter(pipeline: Any, file: Path, name: str = LOADED) -> None:
+    """Load a LoRA file; InputError unless every pair of its factors finds its layer."""
+    model = pipeline.name_or_path
     # diffusers warns for each component that an adapter leaves alone, and prints what it then raises: what
     # matters is counted or raised below.
     log = logging.getLogger("diffusers.loaders")

@@ -1,4 +1,4 @@
-"""What a comparison may claim: paired intervals, win rates, and how many rows would settle it."""
+"""Paired intervals, win rates, and how many rows a comparison needs."""
 
 from __future__ import annotations
 

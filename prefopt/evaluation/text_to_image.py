@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from prefopt.diffusion.generator import Generator
 from prefopt.diffusion.lora import set_adapter_scale
-from prefopt.diffusion.sampling import load_pipeline, sample
+from prefopt.diffusion.sampling import load_generator, sample
 from prefopt.errors import InputError
 from prefopt.evaluation.scorers import Scorer
 from prefopt.evaluation.summary import summarise
@@ -149,26 +149,18 @@ def _generate(jobs: Mapping[str, _Job], folder: Path, device: torch.device, batc
     for generator in dict.fromkeys(job.generator for job in missing.values()):
         keys = [key for key, job in missing.items() if job.generator == generator]
         adapter = generator.adapter if generator.adapter_scale != 0 else None
-        needed = (generator.model, generator.revision, generator.dtype, adapter)
+        needed = replace(generator, adapter=adapter, adapter_scale=1.0)
         if loaded != needed:
             pipeline = None  # the last system's memory is freed before the next one is loaded
-            pipeline = load_pipeline(
-                generator.model,
-                adapter=adapter,
-                revision=generator.revision,
-                dtype=getattr(torch, generator.dtype),
-                device=device,
-            )
-            loaded = needed
-        assert pipeline is not None
+            pipeline, loaded = load_generator(needed, device), needed
         if adapter is not None:
             set_adapter_scale(pipeline, generator.adapter_scale)
         images = sample(
             pipeline,
             [missing[key].prompt for key in keys],
             [missing[key].seed for key in keys],
+            generator.sampler,
             batch_size=batch_size,
-            **asdict(generator.sampler),
         )
         for key, image in zip(keys, images, strict=True):
             _save(image, _image_path(folder, key))

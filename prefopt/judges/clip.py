@@ -18,7 +18,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from prefopt import pocket
 from prefopt.files import content_key
-from prefopt.loading import UNUSABLE, files_identity, load_complete, not_loaded
+from prefopt.loading import files_identity, load_complete, load_part
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,7 @@ class ClipScorer:
         name, what = pocket.resolve(str(model_name_or_path), "clip"), "CLIP with its processor"
         # Any: transformers' annotations of what these hold are wider than what CLIP returns.
         self.model: Any = load_complete(CLIPModel, name, what, revision).float().eval().to(device)
-        try:
-            self.processor: Any = CLIPProcessor.from_pretrained(name, revision=revision or "main")
-        except UNUSABLE as error:
-            raise not_loaded(what, name, error) from error
+        self.processor: Any = load_part(CLIPProcessor, name, what, revision)
         self.device = device
         self.batch_size = batch_size
         self.identity = clip_identity(model_name_or_path, revision)
@@ -81,12 +78,7 @@ class ClipScorer:
     def _embed(self, prompts: list[str]) -> None:
         """Compute and keep the unit embedding of each prompt."""
         tokenizer, window = self.processor.tokenizer, self.model.config.text_config.max_position_embeddings
-        if prompts:
-            whole = tokenizer(prompts, truncation=False, verbose=False)["input_ids"]
-            if cut := sum(len(tokens) > window for tokens in whole):
-                logger.warning(
-                    "%d of %d prompts are longer than CLIP's %d tokens: cut", cut, len(prompts), window
-                )
+        warn_of_cut_prompts(tokenizer, prompts, window, "CLIP")
         for start in range(0, len(prompts), self.batch_size):
             batch = prompts[start : start + self.batch_size]
             tokens = tokenizer(
@@ -95,6 +87,15 @@ class ClipScorer:
             output = self.model.get_text_features(**tokens.to(self.device))
             features = torch.nn.functional.normalize(output.pooler_output, dim=-1)
             self._text.update(zip(batch, features, strict=True))
+
+
+def warn_of_cut_prompts(tokenizer: Any, prompts: list[str], window: int, reader: str) -> None:
+    """Log how many prompts are longer than the tokens that a model reads."""
+    whole = tokenizer(prompts, truncation=False, verbose=False)["input_ids"] if prompts else []
+    if cut := sum(len(tokens) > window for tokens in whole):
+        logger.warning(
+            "%d of %d prompts are longer than %s's %d tokens: cut", cut, len(prompts), reader, window
+        )
 
 
 def clip_identity(model_name_or_path: str, revision: str | None = None) -> str:

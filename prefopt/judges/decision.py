@@ -19,16 +19,14 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.decision import DecisionConfig
 from transformers.decision.template_utils import DECISION_PROMPT, label_token_ids
-from transformers.pipelines.decision import DecisionPipeline
 
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import content_key
-from prefopt.judges.questions import NO, YES, Answer, Case, Question
+from prefopt.judges.questions import NO, YES, Answer, Case, Question, system_one
 from prefopt.loading import files_identity
 from prefopt.vlm.models import load_vlm
 
-SYSTEM_ONE = {"predicate": "noul", "choice": "choice", "score": "score"}
 PREDICATE_LABELS = ["Yes", "No"]
 SPACES = "\u2581\u0120 "  # how SentencePiece and byte-level vocabularies write a leading space
 Prompts = list[tuple[dict[str, Any], list[Any]]]  # of each: the model's inputs, the questions it answers
@@ -128,7 +126,7 @@ def vlm_identity(
 
 
 class DecisionJudge:
-    """Any chat model through transformers' DecisionPipeline: a forward pass of prompt and image per question.
+    """Any chat model, as transformers' DecisionPipeline asks it: a forward pass per question.
 
     `model` is a VlmAnswerer, or the name of a model, with `loading` for the rest of VlmAnswerer's arguments.
     """
@@ -136,73 +134,25 @@ class DecisionJudge:
     def __init__(self, model: str | VlmAnswerer = "pocket", **loading: Any):
         self.answerer = model if isinstance(model, VlmAnswerer) else VlmAnswerer(model, **loading)
         self.identity = self.answerer.identity
-        self._pipeline: _WholeLogits | None = None
 
     def answer(self, cases: Sequence[Case]) -> list[list[Answer]]:
         """The answers of each case, in the order of its questions."""
         return [self._one(case) if case.questions else [] for case in cases]
 
+    @torch.no_grad()
     def _one(self, case: Case) -> list[Answer]:
-        if self._pipeline is None:
-            model = self.answerer.model
-            self._pipeline = _WholeLogits(answerer=self.answerer, model=model, device=model.device)
-        whole: Any = self._pipeline(case)
-        return self.answerer.read(case.questions, whole["asked"], whole["logits"])
-
-
-class _WholeLogits(DecisionPipeline):
-    """DecisionPipeline without its reading of labels: all of the next token's logits."""
-
-    def __init__(self, *args: Any, answerer: VlmAnswerer, **kwargs: Any):
-        self.answerer = answerer
-        super().__init__(
-            *args,
-            tokenizer=answerer.tokenizer,
-            processor=answerer.processor,
-            decision_config=answerer.decision,
-            **kwargs,
-        )
-
-    def preprocess(self, case: Case) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return {"prompts": self.answerer.prompts(case)}
-
-    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
-        logits = []
-        for inputs, _ in model_inputs["prompts"]:
-            inputs = dict(inputs)
+        model, logits, asked = self.answerer.model, [], []
+        for prompt, questions in self.answerer.prompts(case):
+            inputs = {name: value.to(model.device) for name, value in prompt.items()}
             marks = inputs.pop("marks")
-            logits.append(self.model(**inputs, use_cache=False, logits_to_keep=marks - 1).logits[0])
-        asked = [question for _, questions in model_inputs["prompts"] for question in questions]
-        return {"asked": asked, "logits": torch.cat(logits)}
-
-    def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
-        return model_outputs
+            logits.append(model(**inputs, use_cache=False, logits_to_keep=marks - 1).logits[0])
+            asked += questions
+        return self.answerer.read(case.questions, asked, torch.cat(logits))
 
 
 def request(case: Case) -> dict[str, Any]:
-    """The System One request of a case: the image, then `Description:` and the prompt, then each question."""
-    names = [question.name for question in case.questions]
-    if len(set(names)) < len(names):
-        raise InputError(f"of the questions {', '.join(names)} two share a name; name each once")
-    # A text that holds the placeholder would show the image wherever it likes.
-    texts = "\n".join([case.prompt, *(f"{q.text}\n{q.options}" for q in case.questions)])
-    number = next(n for n in range(len(texts) + 2) if f"<image-{n}>" not in texts)
-    placeholder = f"<image-{number}>"
-    return {
-        "state": f"{placeholder}\nDescription: {case.prompt}",
-        "questions": {question.name: _question(question) for question in case.questions},
-        "assets": {placeholder: case.image},
-    }
-
-
-def _question(question: Question) -> dict[str, Any]:
-    parts = {"type": SYSTEM_ONE[question.type], "instructions": question.text}
-    if question.type == "predicate":
-        return parts
-    if len(set(question.options)) < len(question.options):
-        raise InputError(f"{question.name} has two equal options: {', '.join(question.options)}")
-    named = question.type == "choice"
-    return parts | {"criteria": dict.fromkeys(question.options) if named else list(question.options)}
+    """The System One request of a case."""
+    return system_one(case.questions, case.prompt, case.image)
 
 
 def _spellings(tokenizer: Any) -> dict[str, list[int]]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from prefopt.endpoint import Unfit, chat_text
 from prefopt.errors import InputError
-from prefopt.judges.questions import NO, YES, Answer, Question
+from prefopt.judges.questions import NO, YES, Answer, Question, system_one
 
 Api = Literal["systemone", "decisions", "logprobs", "text"]
 
@@ -106,24 +106,8 @@ def read_tokens(question: Question, listed: Sequence[tuple[str, float]]) -> Answ
 
 
 def _systemone_body(model: str, request: Request) -> dict[str, Any]:
-    placeholder = "<picture>"
-    texts = [request.prompt, *(text for q in request.questions for text in (q.text, *q.options))]
-    while any(placeholder in text for text in texts):  # the server puts the image wherever it stands
-        placeholder = f"<{placeholder}>"
-    return {
-        "model": model,
-        "state": f"{placeholder}\nDescription: {request.prompt}",
-        "questions": {question.name: _systemone_question(question) for question in request.questions},
-        "assets": {placeholder: {"type": "image", "format": "png", "data_base64": request.png}},
-    }
-
-
-def _systemone_question(question: Question) -> dict[str, Any]:
-    if question.type == "predicate":
-        return {"type": "noul", "instructions": question.text}
-    choice = question.type == "choice"
-    criteria = dict.fromkeys(question.options) if choice else list(question.options)
-    return {"type": question.type, "instructions": question.text, "criteria": criteria}
+    image = {"type": "image", "format": "png", "data_base64": request.png}
+    return {"model": model, **system_one(request.questions, request.prompt, image)}
 
 
 def _systemone_read(questions: tuple[Question, ...], body: Mapping[str, Any]) -> list[Answer]:

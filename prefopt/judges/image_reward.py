@@ -9,7 +9,6 @@ the hub; scripts/convert_image_reward.py makes one of the published tensors.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -27,9 +26,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from prefopt.loading import UNUSABLE, load_complete, not_loaded
-
-logger = logging.getLogger(__name__)
+from prefopt.judges.clip import warn_of_cut_prompts
+from prefopt.loading import load_complete, load_part
 
 MODEL_TYPE = "image_reward"
 CONVERTER = "scripts/convert_image_reward.py"
@@ -88,11 +86,8 @@ class ImageRewardScorer:
     ):
         name, what = str(model_name_or_path), f"ImageReward as {CONVERTER} writes it"
         self.model: Any = load_complete(ImageRewardModel, name, what, revision).float().eval().to(device)
-        try:
-            self.images: Any = CLIPImageProcessorPil.from_pretrained(name, revision=revision or "main")
-            self.tokenizer: Any = BertTokenizer.from_pretrained(name, revision=revision or "main")
-        except UNUSABLE as error:
-            raise not_loaded(what, name, error) from error
+        self.images: Any = load_part(CLIPImageProcessorPil, name, what, revision)
+        self.tokenizer: Any = load_part(BertTokenizer, name, what, revision)
         self.device, self.batch_size = device, batch_size
 
     @torch.no_grad()
@@ -102,37 +97,15 @@ class ImageRewardScorer:
             raise ValueError(
                 f"{len(images)} images but {len(prompts)} prompts: each image is scored for its own"
             )
-        self._say_what_is_cut(list(dict.fromkeys(prompts)))
+        window = self.model.config.prompt_tokens
+        warn_of_cut_prompts(self.tokenizer, list(dict.fromkeys(prompts)), window, "ImageReward")
         rewards = np.empty(len(images))
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
             pixels = self.images([image.convert("RGB") for image in images[batch]], return_tensors="pt")
             # All to one length, so that a reward does not depend on the batch's other prompts.
-            tokens = self.tokenizer(
-                list(prompts[batch]),
-                padding="max_length",
-                truncation=True,
-                max_length=self.model.config.prompt_tokens,
-                return_tensors="pt",
-            )
-            rewards[batch] = (
-                self.model(
-                    pixels["pixel_values"].to(self.device),
-                    tokens["input_ids"].to(self.device),
-                    tokens["attention_mask"].to(self.device),
-                )
-                .cpu()
-                .numpy()
-            )
+            form: Any = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+            tokens = self.tokenizer(list(prompts[batch]), max_length=window, **form)
+            inputs = (pixels["pixel_values"], tokens["input_ids"], tokens["attention_mask"])
+            rewards[batch] = self.model(*(each.to(self.device) for each in inputs)).cpu().numpy()
         return rewards
-
-    def _say_what_is_cut(self, prompts: list[str]) -> None:
-        window = self.model.config.prompt_tokens
-        whole = self.tokenizer(prompts, truncation=False, verbose=False)["input_ids"] if prompts else []
-        if cut := sum(len(tokens) > window for tokens in whole):
-            logger.warning(
-                "%d of %d prompts are longer than the %d tokens that ImageReward reads: cut",
-                cut,
-                len(prompts),
-                window,
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,75 +22,54 @@ from prefopt.loading import Lazy, own_memory
 logger = logging.getLogger(__name__)
 
 
-def load_judge(
-    model_name_or_path: str = "pocket",
-    revision: str | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    batch_size: int = 4,
-    attn_implementation: str = "sdpa",
-    bare_labels: bool = False,
-) -> SharedPrefixJudge | DecisionJudge | RewardJudge:
-    """A judge of a folder, a hub id or `pocket`: all questions in one row if the model can, else one by one.
-
-    The log says why not. `bare_labels` counts only `Yes` and `No` themselves, as DecisionPipeline does. A
-    reward model becomes a RewardJudge, for which only device and batch size can be chosen.
-    """
-    if reward_type(model_name_or_path, revision):
-        _check_dtype(model_name_or_path, dtype)
-        return RewardJudge(model_name_or_path, revision, device=device, batch_size=batch_size)
-    answerer = VlmAnswerer(
-        model_name_or_path,
-        revision,
-        dtype=dtype,
-        device=device,
-        attn_implementation=attn_implementation,
-        bare_labels=bare_labels,
-    )
-    if reason := cannot_share(answerer):
-        logger.warning("%s is asked one question at a time: %s", answerer.name, reason)
-        return DecisionJudge(answerer)
-    return SharedPrefixJudge(answerer, batch_size=batch_size)
+def load_judge(model_name_or_path: str = "pocket", revision: str | None = None, **options: Any) -> Any:
+    """The judge of `lazy_judge`, loaded."""
+    return lazy_judge(model_name_or_path, revision, **options).load()
 
 
 def lazy_judge(
     model_name_or_path: str,
-    revision: str | None,
-    rubric: Rubric,
+    revision: str | None = None,
     *,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    batch_size: int,
+    rubric: Rubric | None = None,
     url: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    batch_size: int = 4,
+    **reading: Any,
 ) -> Lazy[Judge]:
-    """The same for a rubric, behind `url` if one is given, loaded at its first answer.
+    """A judge of a folder, a hub id or `pocket`, or behind `url`, loaded at its first answer.
 
-    For the rubric `reward`, `pocket` is its CLIP. InputError now, not after hours of other work, for a judge
-    that cannot answer the rubric.
+    A VLM answers all questions in one row if it can, else one by one, and the log says why; `reading` are
+    VlmAnswerer's `attn_implementation` and `bare_labels`. Of a reward model only device and batch size can be
+    chosen. For the rubric `reward`, `pocket` is its CLIP. InputError now, not after hours of other work, for
+    a judge that cannot answer the rubric.
     """
-    if model_name_or_path == pocket.NAME and rubric.name == REWARD_RUBRIC:
-        model_name_or_path = str(pocket.folder("clip"))
+    name = model_name_or_path
     if url:
-        endpoint = EndpointJudge(url, model_name_or_path)
+        endpoint = EndpointJudge(url, name)
         return Lazy(endpoint.identity, lambda: endpoint)
-    identity = partial(vlm_identity, dtype=dtype)
-    if reward_type(model_name_or_path, revision):
-        _check_dtype(model_name_or_path, dtype)
-        check_questions(model_name_or_path, rubric.questions("", ""))
-        identity = reward_identity
+    if name == pocket.NAME and rubric and rubric.name == REWARD_RUBRIC:
+        name = str(pocket.folder("clip"))
+    if reward_type(name, revision):
+        if dtype != torch.float32:
+            raise InputError(
+                f"{name} is a reward model, which is run in float32, not in {dtype}: the digits by which two "
+                "images differ would be lost; leave --judge_dtype out"
+            )
+        if rubric:
+            check_questions(name, rubric.questions("", ""))
+        reward = partial(RewardJudge, name, revision, device=device, batch_size=batch_size)
+        return Lazy(reward_identity(name, revision), reward)
+    bare = bool(reading.get("bare_labels"))
+    answerer = partial(VlmAnswerer, name, revision, dtype=dtype, device=device, **reading)
+    identity = vlm_identity(name, revision, dtype=dtype, bare_labels=bare)
+    return Lazy(identity, lambda: _vlm_judge(answerer(), batch_size))
 
-    def load() -> Judge:
-        judge = load_judge(model_name_or_path, revision, dtype=dtype, device=device, batch_size=batch_size)
-        own_memory(judge.scorer.model if isinstance(judge, RewardJudge) else judge.answerer.model)
-        return judge
 
-    return Lazy(identity(model_name_or_path, revision), load)
-
-
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if dtype != torch.float32:
-        raise InputError(
-            f"{name} is a reward model, which is run in float32, not in {dtype}: the digits by which two "
-            "images differ would be lost; leave --judge_dtype out"
-        )
+def _vlm_judge(answerer: VlmAnswerer, batch_size: int) -> SharedPrefixJudge | DecisionJudge:
+    own_memory(answerer.model)
+    if reason := cannot_share(answerer):
+        logger.warning("%s is asked one question at a time: %s", answerer.name, reason)
+        return DecisionJudge(answerer)
+    return SharedPrefixJudge(answerer, batch_size=batch_size)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import inf, log
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
+
+from prefopt.errors import InputError
 
 YES, NO = "yes", "no"
 
@@ -56,6 +59,34 @@ class Answer:
         best = max(self.probabilities.values())
         winners = [option for option, p in self.probabilities.items() if p == best]
         return winners[0] if len(winners) == 1 else None
+
+
+def system_one(questions: Sequence[Question], prompt: str, image: object) -> dict[str, Any]:
+    """The System One request: the image, then `Description:` and the prompt, then each question.
+
+    Two questions of one name, or two equal options, are an InputError.
+    """
+    names = [question.name for question in questions]
+    if len(set(names)) < len(names):
+        raise InputError(f"of the questions {', '.join(names)} two share a name; name each once")
+    # A text that holds the placeholder would show the image wherever it likes.
+    texts = "\n".join([prompt, *(f"{q.text}\n{q.options}" for q in questions)])
+    placeholder = next(p for n in count() if (p := f"<image-{n}>") not in texts)
+    return {
+        "state": f"{placeholder}\nDescription: {prompt}",
+        "questions": {question.name: _system_one_question(question) for question in questions},
+        "assets": {placeholder: image},
+    }
+
+
+def _system_one_question(question: Question) -> dict[str, Any]:
+    if question.type == "predicate":
+        return {"type": "noul", "instructions": question.text}
+    if len(set(question.options)) < len(question.options):
+        raise InputError(f"{question.name} has two equal options: {', '.join(question.options)}")
+    named = question.type == "choice"
+    criteria = dict.fromkeys(question.options) if named else list(question.options)
+    return {"type": question.type, "instructions": question.text, "criteria": criteria}
 
 
 class Judge(Protocol):

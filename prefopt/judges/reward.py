@@ -22,7 +22,7 @@ from prefopt.judges.clip import ClipScorer
 from prefopt.judges.image_reward import CONVERTER, MODEL_TYPE, ImageRewardScorer
 from prefopt.judges.questions import NO, YES, Answer, Case, Question
 from prefopt.judges.rubric import Rubric
-from prefopt.loading import files_identity
+from prefopt.loading import files_identity, own_memory
 
 RUBRIC = "reward"
 
@@ -93,6 +93,7 @@ class RewardJudge:
                 f"{' or '.join(map(repr, REWARD_MODELS))} ({CONVERTER} makes the latter)"
             )
         self.name, self.scorer = model, REWARD_MODELS[kind](model, revision, **loading)
+        own_memory(self.scorer.model)
         self.identity = reward_identity(model, revision)
 
     def answer(self, cases: Sequence[Case]) -> list[list[Answer]]:

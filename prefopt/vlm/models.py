@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from prefopt.adapters import POLICY, REFERENCE, lora_config
 from prefopt.config import LoraArguments
 from prefopt.errors import InputError
-from prefopt.loading import UNUSABLE, first_line, load_complete, not_loaded
+from prefopt.loading import UNUSABLE, first_line, load_complete, load_part
 
 ADAPTER_FILE = "adapter_model.safetensors"
 VLM = "vision-language model"
@@ -33,27 +33,14 @@ def load_vlm(
 
     Only safetensors and no code from the repository; what cannot be loaded so is an InputError.
     """
-    try:
-        processor = AutoProcessor.from_pretrained(
-            model_name_or_path, revision=revision, trust_remote_code=False
-        )
-    except UNUSABLE as error:
-        raise not_loaded(VLM, model_name_or_path, error) from error
-    model = load_complete(
-        AutoModelForImageTextToText,
-        model_name_or_path,
-        VLM,
-        revision,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=False,
-    )
+    name, trusted = model_name_or_path, {"trust_remote_code": False}
+    processor = load_part(AutoProcessor, name, VLM, revision, **trusted)
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, **trusted}
+    model = load_complete(AutoModelForImageTextToText, name, VLM, revision, **options)
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
-        raise InputError(f"{model_name_or_path} has a {type(processor).__name__}, which reads no images")
+        raise InputError(f"{name} has a {type(processor).__name__}, which reads no images")
     if processor.chat_template is None:
-        raise InputError(
-            f"the processor of {model_name_or_path} has no chat template; add a chat_template.jinja"
-        )
+        raise InputError(f"the processor of {name} has no chat template; add a chat_template.jinja")
     return model, processor
 
 

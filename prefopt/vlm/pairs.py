@@ -21,7 +21,7 @@ from PIL import Image
 
 from prefopt.errors import InputError
 from prefopt.images import open_image
-from prefopt.records import image_bytes, load, table_folder
+from prefopt.records import check_p_chosen, image_bytes, load, table_folder
 
 TEXTS = ("prompt", "chosen", "rejected")
 ROLES = ("system", "user", "assistant")
@@ -57,7 +57,8 @@ class VisionPairs(torch.utils.data.Dataset):
         self.dropped: Counter[str] = Counter()
         for item, (row, images) in enumerate(self._texts()):
             _, chosen, rejected = self._messages(row, images, item)
-            self._p_chosen(row, item)
+            if self.soft_labels:
+                check_p_chosen(row["p_chosen"], self.where(item))
             if _said(chosen) == _said(rejected):
                 self.dropped["tie"] += 1
             else:
@@ -82,7 +83,7 @@ class VisionPairs(torch.utils.data.Dataset):
         images = [_picture(cell, where, inside) for cell in _listed(row[self.column])]
         prompt, chosen, rejected = self._messages(row, len(images), item)
         sides: Any = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        return VisionPair(item=item, where=where, images=images, **sides, p_chosen=self._p_chosen(row, item))
+        return VisionPair(item=item, where=where, images=images, **sides, p_chosen=row.get("p_chosen"))
 
     def _texts(self) -> Iterator[tuple[dict, int]]:
         """Each row's texts and number of images, read off the table's offsets: the pixels stay on disk."""
@@ -99,13 +100,6 @@ class VisionPairs(torch.utils.data.Dataset):
     def where(self, item: int) -> str:
         """What an error calls a row."""
         return f"{self.source}: row {item}"
-
-    def _p_chosen(self, row: Any, item: int) -> float | None:
-        p_chosen = row.get("p_chosen")
-        if self.soft_labels and not (isinstance(p_chosen, float) and 0 <= p_chosen <= 1):
-            where = self.where(item)
-            raise InputError(f"{where} has the p_chosen {p_chosen!r}; it is a probability between 0 and 1")
-        return p_chosen
 
     def _messages(self, row: Any, images: int, item: int) -> tuple[list[dict], list[dict], list[dict]]:
         where, token = self.where(item), self.image_token

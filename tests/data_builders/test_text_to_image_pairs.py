@@ -35,6 +35,7 @@ from data_builders.images.selection import (
 )
 from data_builders.prompts.reading import distinct, identify, pocket_captions, read_prompts
 from data_builders.text_to_image_pairs import TextToImagePairsConfig, main
+from prefopt.diffusion.generator import Sampler
 from prefopt.diffusion.sampling import load_pipeline, sample
 from prefopt.errors import InputError
 from prefopt.judges.questions import NO, YES, Answer
@@ -267,7 +268,8 @@ def test_a_candidate_can_be_generated_again_alone(workplace):
     pipeline = load_pipeline(workplace / "sd")
     for row in candidates_of(workplace / "whole")[4:6]:
         names = ("num_inference_steps", "guidance_scale", "height", "width")
-        again = next(sample(pipeline, [row["prompt"]], [row["seed"]], **{name: row[name] for name in names}))
+        sampler = Sampler(**{name: row[name] for name in names})
+        again = next(sample(pipeline, [row["prompt"]], [row["seed"]], sampler))
         with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
             assert np.abs(np.asarray(again, int) - np.asarray(image.convert("RGB"))).max() <= 1
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from prefopt.adapters import POLICY, REFERENCE, adapter_layers, lora_config
 from prefopt.config import LoraArguments
 from prefopt.diffusion.denoiser import Denoiser, denoising_metrics
-from prefopt.diffusion.generator import ADAPTER_FILE
+from prefopt.diffusion.generator import ADAPTER_FILE, Generator
 from prefopt.diffusion.lora import add_lora, set_adapter_scale, start_from_lora
-from prefopt.diffusion.sampling import load_pipeline
+from prefopt.diffusion.sampling import load_generator, load_pipeline
 from prefopt.errors import InputError
 
 STEPS = 1000
@@ -213,7 +213,7 @@ def test_at_scale_0_the_image_is_the_bases_exactly(stable_diffusion, tmp_path):
     assert not np.array_equal(picture(stock), base)
     stock.set_adapters(["a"], [0.0])
     assert np.array_equal(picture(stock), base)
-    ours = load_pipeline(stable_diffusion, adapter=tmp_path)
+    ours = load_generator(Generator(str(stable_diffusion), str(tmp_path)))
     set_adapter_scale(ours, 0)
     assert np.array_equal(picture(ours), base)
 
@@ -294,7 +294,7 @@ def test_training_on_from_an_adapter_starts_as_that_adapter(stable_diffusion, tm
     start_from_lora(denoiser.network, pipeline, adapter)
     with torch.no_grad():
         found = denoiser(**given).scores
-        expected = Denoiser(load_pipeline(stable_diffusion, adapter=adapter))(**given).scores
+        expected = Denoiser(load_generator(Generator(str(stable_diffusion), str(adapter))))(**given).scores
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     trained = [name for name, p in denoiser.named_parameters() if p.requires_grad]
     assert trained and all(f".{POLICY}." in name for name in trained)

@@ -35,12 +35,7 @@ def test_a_stock_step_at_guidance_1_is_ours(model, request):
         after.append(tensors["latents"].double())
         return tensors
 
-    given = {
-        "latents": noise.clone(),
-        "guidance_scale": 1.0,
-        "num_inference_steps": 5,
-        "output_type": "latent",
-    }
+    given = {"latents": noise.clone(), "guidance_scale": 1.0, "num_inference_steps": 5}
     pipeline(PROMPT, callback_on_step_end=keep, output_type="latent", **given)
     time = pipeline.scheduler.timesteps[0]
     now, then = (

@@ -12,11 +12,12 @@ from pictures import cell, encoded, picture, png, write_pairs
 from PIL import Image
 from tiny import SIZE
 
-from prefopt.diffusion.latents import MIRRORED, EncodedCandidates, Encoder, prepare_image
+from prefopt.diffusion.latents import MIRRORED, EncodedCandidates, Encoder
 from prefopt.diffusion.sampling import load_pipeline
 from prefopt.draws import draw
 from prefopt.errors import InputError
 from prefopt.files import content_key
+from prefopt.images import prepare_image
 from prefopt.records import read_pairs
 
 # Prepared images

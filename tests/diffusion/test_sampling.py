@@ -14,9 +14,9 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from prefopt.diffusion.generator import ADAPTER_FILE
+from prefopt.diffusion.generator import ADAPTER_FILE, Generator, Sampler
 from prefopt.diffusion.lora import set_adapter_scale
-from prefopt.diffusion.sampling import load_pipeline, sample
+from prefopt.diffusion.sampling import load_generator, load_pipeline, sample
 from prefopt.errors import InputError
 from prefopt.judges.clip import ClipScorer
 
@@ -35,7 +35,9 @@ def models(tmp_path_factory):
 
 
 def draw(pipeline, prompts=("a red lion", "two zebras", "snow"), seeds=(0, 1, 2), **settings):
-    images = sample(pipeline, list(prompts), list(seeds), **{**SETTINGS, **settings})
+    batch_size = settings.pop("batch_size", 8)
+    sampler = Sampler(**{**SETTINGS, **settings})
+    images = sample(pipeline, list(prompts), list(seeds), sampler, batch_size=batch_size)
     return np.stack([np.asarray(image) for image in images])
 
 
@@ -58,15 +60,15 @@ def test_height_and_width_are_obeyed(models):
 @pytest.mark.parametrize(("model", "lora"), [("sd", "lora"), ("sdxl", "lora-sdxl")])
 def test_an_adapter_at_scale_0_is_the_base_bit_for_bit(models, model, lora):
     base = draw(load_pipeline(models / model))
-    pipeline = load_pipeline(models / model, adapter=models / lora)
+    pipeline = load_generator(Generator(str(models / model), str(models / lora)))
     assert not np.array_equal(base, draw(pipeline))
     set_adapter_scale(pipeline, 0)
     assert np.array_equal(base, draw(pipeline))
-    assert np.array_equal(base, draw(load_pipeline(models / model, adapter=models / lora, adapter_scale=0.0)))
+    assert np.array_equal(base, draw(load_generator(Generator(str(models / model), str(models / lora), 0.0))))
 
 
 def test_the_scale_weighs_the_update_and_can_be_changed_back(models):
-    pipeline = load_pipeline(models / "sd", adapter=models / "lora", adapter_scale=0.5)
+    pipeline = load_generator(Generator(str(models / "sd"), str(models / "lora"), 0.5))
     half = draw(pipeline)
     set_adapter_scale(pipeline, 1.0)
     whole = draw(pipeline)
@@ -75,7 +77,9 @@ def test_the_scale_weighs_the_update_and_can_be_changed_back(models):
     assert np.array_equal(half, draw(pipeline)) and not np.array_equal(half, whole)
     # An update weighed by 0.5 is the update of an adapter whose second factor is half as large.
     tiny.tiny_adapter(models / "sd", models / "lora-half", size=0.5)
-    assert np.array_equal(half, draw(load_pipeline(models / "sd", adapter=models / "lora-half")))
+    assert np.array_equal(
+        half, draw(load_generator(Generator(str(models / "sd"), str(models / "lora-half"))))
+    )
 
 
 def test_an_adapter_may_be_named_by_its_file_and_may_reach_the_text_encoder(models, tmp_path):
@@ -83,7 +87,7 @@ def test_an_adapter_may_be_named_by_its_file_and_may_reach_the_text_encoder(mode
     pipeline.text_encoder.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.text_encoder))
     StableDiffusionPipeline.save_lora_weights(tmp_path, text_encoder_lora_layers=state)
-    drawn = draw(load_pipeline(models / "sd", adapter=tmp_path / ADAPTER_FILE))
+    drawn = draw(load_generator(Generator(str(models / "sd"), str(tmp_path / ADAPTER_FILE))))
     assert not np.array_equal(drawn, draw(load_pipeline(models / "sd")))
 
 
@@ -93,20 +97,20 @@ def test_a_missing_model_or_adapter_is_named(models, tmp_path):
     with pytest.raises(InputError, match=r"model_index\.json"):
         load_pipeline(tmp_path)
     with pytest.raises(InputError, match="no-adapter"):
-        load_pipeline(models / "sd", adapter=tmp_path / "no-adapter")
+        load_generator(Generator(str(models / "sd"), str(tmp_path / "no-adapter")))
     with pytest.raises(InputError, match=ADAPTER_FILE):
-        load_pipeline(models / "sd", adapter=tmp_path)
+        load_generator(Generator(str(models / "sd"), str(tmp_path)))
     (tmp_path / "lora.bin").write_bytes(b"pickle")
     with pytest.raises(InputError, match="not safetensors"):
-        load_pipeline(models / "sd", adapter=tmp_path / "lora.bin")
+        load_generator(Generator(str(models / "sd"), str(tmp_path / "lora.bin")))
 
 
 def test_an_adapter_of_another_architecture_names_both(models, tmp_path):
     with pytest.raises(InputError, match=r"lora-sdxl.*does not fit the model .*sd"):
-        load_pipeline(models / "sd", adapter=models / "lora-sdxl")
+        load_generator(Generator(str(models / "sd"), str(models / "lora-sdxl")))
     (tmp_path / ADAPTER_FILE).write_bytes(b"not a tensor file")
     with pytest.raises(InputError, match="does not fit"):
-        load_pipeline(models / "sd", adapter=tmp_path)
+        load_generator(Generator(str(models / "sd"), str(tmp_path)))
 
 
 def test_a_model_of_pickled_weights_is_refused(models, tmp_path):

@@ -128,7 +128,7 @@ def test_a_rerun_draws_nothing_and_asks_no_scorer_with_an_identity_again(
     assert first.asked == 12
     with (tmp_path / "scores-00000.jsonl").open("a") as file:
         file.write('\n{"image": "half a li')  # a run killed while writing
-    monkeypatch.setattr(text_to_image, "load_pipeline", lambda *a, **k: pytest.fail("drew again"))
+    monkeypatch.setattr(text_to_image, "load_generator", lambda *a, **k: pytest.fail("generated again"))
     again = Brightness()
     repeated = compare(systems(models, 1), PROMPTS, [3, 4], [again.scorer()], tmp_path)
     assert again.asked == 0 and repeated["contrasts"][0]["metrics"].keys() == {"brightness"}

@@ -306,7 +306,7 @@ def test_a_long_prompt_is_cut_with_a_count(workplace, caplog):
     long = " ".join(["lion"] * 40)
     with caplog.at_level(logging.WARNING):
         found = scorer.rewards([PICTURES[0]] * 3, [long, f"{long} snow", "a lion"])
-    assert "2 of 3 prompts are longer than the 35 tokens" in caplog.text
+    assert "2 of 3 prompts are longer than ImageReward's 35 tokens" in caplog.text
     assert found[0] == found[1] != found[2]
     with pytest.raises(ValueError, match="1 images but 2 prompts"):
         scorer.rewards([PICTURES[0]], ["a", "b"])

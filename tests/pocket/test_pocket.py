@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPProcessor
 
 from prefopt import pocket
+from prefopt.diffusion.generator import Sampler
 from prefopt.diffusion.sampling import sample
 from prefopt.errors import InputError
 from prefopt.pocket import world
@@ -182,7 +183,7 @@ def test_the_text_to_image_model_listens_imperfectly():
     scenes = [HELD_OUT[i] for i in np.random.default_rng(1).permutation(len(HELD_OUT))[:64]]
     prompts = [world.caption(scene, i) for i, scene in enumerate(scenes)]
     settings = PROVENANCE["text_to_image"]["sampling"]
-    images = list(sample(pipeline, prompts, range(64), batch_size=32, **settings))
+    images = list(sample(pipeline, prompts, range(64), Sampler(**settings), batch_size=32))
     assert 0.30 <= Oracle.load().correct(images, prompts)["all"].mean() <= 0.70
 
 

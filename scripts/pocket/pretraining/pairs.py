@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from prefopt.diffusion.generator import Sampler
 from prefopt.diffusion.sampling import load_pipeline, sample
 from prefopt.judges.clip import ClipScorer
 from prefopt.pocket.world import PHRASINGS, caption, train_scenes
@@ -32,7 +33,7 @@ def make_pairs(path: Path, seed: int, size: int) -> dict[str, float]:
     pipeline, scorer = load_pipeline("pocket"), ClipScorer("pocket")
     every = [prompt for prompt in prompts for _ in range(_CANDIDATES)]
     seeds = [int(s) for s in rng.choice(2**31, size=len(every), replace=False)]
-    images = list(sample(pipeline, every, seeds, batch_size=64, **SAMPLING))
+    images = list(sample(pipeline, every, seeds, Sampler(**SAMPLING), batch_size=64))
     scores = scorer(images, every).reshape(size, _CANDIDATES)
     rows: dict[str, list] = {name: [] for name in _FEATURES}
     for i, prompt in enumerate(prompts):

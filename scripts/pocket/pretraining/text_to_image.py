@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch.nn.functional import mse_loss
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from prefopt.diffusion.generator import Sampler
 from prefopt.diffusion.sampling import load_pipeline, sample
 from prefopt.pocket.oracle import Oracle
 from prefopt.pocket.world import ATTRIBUTES, Scene, caption, held_out_scenes, is_held_out
@@ -169,6 +170,6 @@ def train(run: Run, vae: AutoencoderKL) -> StableDiffusionPipeline:
 def followed(guidance: float, seeds: int = 2) -> dict[str, float]:
     """The saved pipeline's share of right pictures by attribute, over all held-out scenes, by the oracle."""
     prompts = [caption(scene, i) for i, scene in enumerate(held_out_scenes())] * seeds
-    settings: dict[str, Any] = SAMPLING | {"guidance_scale": guidance}
-    images = list(sample(load_pipeline("pocket"), prompts, range(len(prompts)), batch_size=60, **settings))
+    sampler = replace(Sampler(**SAMPLING), guidance_scale=guidance)
+    images = list(sample(load_pipeline("pocket"), prompts, range(len(prompts)), sampler, batch_size=60))
     return {name: float(right.mean()) for name, right in Oracle.load().correct(images, prompts).items()}

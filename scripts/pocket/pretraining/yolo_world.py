@@ -19,6 +19,7 @@ from torch.nn.functional import affine_grid, grid_sample
 from prefopt.detectors import Detector
 from prefopt.detectors.text import ClassEmbeddings
 from prefopt.detectors.yolo_world import YoloWorld, YoloWorldSettings, build, predict, ultralytics_tasks
+from prefopt.diffusion.generator import Sampler
 from prefopt.diffusion.sampling import load_pipeline, sample
 from prefopt.pocket.drawing import ANIMALS
 from prefopt.pocket.oracle import Oracle
@@ -168,7 +169,9 @@ def quality(vae: Any) -> dict[str, Any]:
 def drawn() -> tuple[list[Image.Image], list[str]]:
     """Pictures that the pocket draws of every second held-out scene, and their prompts."""
     prompts = [caption(scene, i) for i, scene in enumerate(held_out_scenes()[::2])]
-    pictures = sample(load_pipeline("pocket"), prompts, range(len(prompts)), batch_size=60, **SAMPLING)
+    pictures = sample(
+        load_pipeline("pocket"), prompts, range(len(prompts)), Sampler(**SAMPLING), batch_size=60
+    )
     return list(pictures), prompts
 
 
