@@ -4,8 +4,6 @@ When training starts from a trained adapter (SFT, then DPO), that adapter stays 
 frozen, under the name `reference`: what was trained before is part of what the policy is compared with.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from peft import LoraConfig

@@ -1,7 +1,5 @@
 """Checkpoints that are whole or absent, and models saved in the format of their own library."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ shows the program's own options and the training options people use; `--help-all
 transformers' Trainer takes. Nothing here imports a model library: a mistake is answered before any is loaded.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import logging

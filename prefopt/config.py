@@ -1,7 +1,5 @@
 """The options that every training recipe shares; importing them imports no model library but torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

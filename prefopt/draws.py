@@ -6,8 +6,6 @@ interrupted before. The candidates of one item share their draw. `visit` counts 
 read: the epoch, or the epoch modulo R when the draws are to repeat after R epochs.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

@@ -7,8 +7,6 @@ API key comes from the environment alone: PREFOPT_API_KEY, or OPENAI_API_KEY. It
 removed from every message that quotes a server, and redirects are errors, so that it reaches no other host.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Files that are whole or absent, content hashes, and locks: what every room that writes to disk shares."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Encoded pictures to upright RGB: nothing that a picture holds is lost, or shown, in silence."""
 
-from __future__ import annotations
-
 import io
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Models by name: safetensors only, every weight there, known by their files before they are loaded."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

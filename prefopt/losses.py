@@ -9,8 +9,6 @@ beta is plain: it multiplies the margin and nothing else. The Diffusion-DPO code
 by half of its `beta_dpo`; that half is taken where the command line is read, not here.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

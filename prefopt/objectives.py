@@ -12,8 +12,6 @@ batches or over processes.
 A new objective is a function and an entry of `OBJECTIVES`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -120,7 +118,7 @@ def contrastive(beta: float, likelihood_weight: float, label_smoothing: float) -
 
 
 # The menu, by --loss_type: from the options and a plain beta. (A p_chosen of 0.5 would divide robust by 0.)
-OBJECTIVES: dict[str, Callable[[ObjectiveOptions, float], Objective]] = {
+OBJECTIVES: dict[str, Callable[["ObjectiveOptions", float], Objective]] = {
     "dpo": lambda o, beta: pairwise(dpo_loss, beta=beta, label_smoothing=o.label_smoothing, soft_labels=True),
     "ipo": lambda o, beta: pairwise(ipo_loss, beta=beta, per_token=True),
     "hinge": lambda o, beta: pairwise(hinge_loss, beta=beta),

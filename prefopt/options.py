@@ -1,7 +1,5 @@
 """The fields of a config, and the checks that several configs share; importing this imports nothing heavy."""
 
-from __future__ import annotations
-
 from dataclasses import field
 from math import isfinite
 from pathlib import Path

@@ -12,8 +12,6 @@ that cannot be a preference (a tie) is dropped and counted under its reason; a r
 run.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -8,8 +8,6 @@ computed once, is therefore shared by every epoch that repeats a visit, every be
 over the same examples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """What surrounds a training run: config.json, metrics.jsonl, progress, weight averaging, Ctrl-C."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

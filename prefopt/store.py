@@ -5,8 +5,6 @@ A store is a folder of safetensors shards and one `identity.json`, which says wh
 finished ones, and any number of processes may write side by side.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping

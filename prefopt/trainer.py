@@ -6,8 +6,6 @@ averaged over processes and accumulation; beside it, checkpoints that are whole 
 what surrounds a run (runs.py).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

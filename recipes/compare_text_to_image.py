@@ -13,8 +13,6 @@ summary.json, results.jsonl. The same command again generates nothing twice.
 --clip_model_name_or_path takes PickScore, too, whose score is then 100 times its cosine.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal

@@ -17,8 +17,6 @@ The same command again, after a crash or Ctrl-C, goes on where it stopped. You s
 Launch it by plain python: it launches its steps by accelerate, on --num_processes each.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shlex

@@ -1,7 +1,5 @@
 """Whatever a user can get wrong: one message that says what and where, exit code 2, and nothing lost."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Randomness as data: what is drawn, what it depends on, and the order in which items are read."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

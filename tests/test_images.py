@@ -1,7 +1,5 @@
 """Pictures of every kind become RGB as a person sees them, or an error."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

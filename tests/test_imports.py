@@ -1,7 +1,5 @@
 """How the house is built: imports go one way, names stay in their wings, nothing is unsafe, help is quick."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

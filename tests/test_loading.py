@@ -1,7 +1,5 @@
 """Models by name: none is used with weights that are missing, and none with the pocket's data unasked."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

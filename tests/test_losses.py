@@ -1,7 +1,5 @@
 """Every objective: trl's as an oracle, a value worked by hand, examples that stand alone, sides that swap."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """The menu of objectives: each loss on scores worked by hand, what it needs, what the batch brings."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

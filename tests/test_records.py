@@ -1,7 +1,5 @@
 """Tables on disk: every format that is read, what is dropped with which reason, and what stops the run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Killed, interrupted and split runs: the result is the uninterrupted one's."""
 
-from __future__ import annotations
-
 import functools
 import json
 import random

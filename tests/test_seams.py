@@ -1,7 +1,5 @@
 """Where new things enter: a judge, an export, an objective, a family, each in at most 25 lines."""
 
-from __future__ import annotations
-
 import inspect
 import math
 

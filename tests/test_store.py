@@ -1,7 +1,5 @@
 """The stores of what was computed once: whole shards, several writers, no silent reuse, and full disks."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import resource

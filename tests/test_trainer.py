@@ -1,7 +1,5 @@
 """The loop: first losses, splitting of batches, the reference cache, resuming, averaging, interruption."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -5,8 +5,6 @@ Each is renamed into place when it is whole: what a killed run has finished stay
 is there. A block's name holds the hash of its prompts and of everything its images depend on.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ of a model are batched within a block, so the batches, and with them the last bi
 same for any number of processes.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Mapping, Sequence
 from datetime import timedelta

@@ -7,8 +7,6 @@ all reasons are counts over what was written. One that can be used and was not c
 `not_selected_reason`.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -3,8 +3,6 @@
 A type is a name of datasets' (`image` for Image), a list of one type, or a dict of them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 Columns = dict[str, Any]

@@ -4,8 +4,6 @@ The page needs nothing beside itself. It holds small copies of the images, of a 
 which of a larger build are shown follows from the hashes of their texts, so every class has its share.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import heapq

@@ -1,7 +1,5 @@
 """What a build amounts to: BUILD.json, the dataset card, and a sentence for the terminal."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Importing this imports no library of tables, so that `--exports` is checked at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """How exports are written: Parquet files or a folder of pictures, split by prompt, whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A build of image candidates: its passes over blocks, then tables, card and gallery from their results."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field

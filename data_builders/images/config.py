@@ -1,7 +1,5 @@
 """The options of image builders; importing them imports no model library."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Literal
 

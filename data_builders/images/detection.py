@@ -1,7 +1,5 @@
 """The detector's pass over image candidates: where their class is found."""
 
-from __future__ import annotations
-
 import json
 
 from tqdm import tqdm

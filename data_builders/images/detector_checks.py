@@ -5,8 +5,6 @@ the first of the eleven basic colour terms (Berlin and Kay, 1969). A prompt that
 answer unclear, which counts nothing.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """From prompts to image candidates: each prompt's seeds, the generated images, their files."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Iterable, Iterator

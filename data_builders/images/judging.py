@@ -1,7 +1,5 @@
 """The judge's pass over image candidates, and the scores that its answers make."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """From the scores of a prompt's candidates to ranks, to the selected ones, and to pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from itertools import combinations, pairwise
 from operator import itemgetter

@@ -1,7 +1,5 @@
 """Lists as LLMs write them, parsed item by item; and duplicates among prompts, by their words."""
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Prompts from a text file or the pocket's captions, as records, and by the classes that they name."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import Counter

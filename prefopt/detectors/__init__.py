@@ -1,7 +1,5 @@
 """Open-vocabulary detection: images and the names of classes go in, boxes come out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 

@@ -1,7 +1,5 @@
 """Detectors by name. What a detector's boxes depend on is known before it is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

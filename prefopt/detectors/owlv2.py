@@ -1,7 +1,5 @@
 """OWLv2 (arXiv 2306.09683) through transformers: open vocabulary, Apache-2.0, nothing more to install."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """From a network's output at every place of an image to the boxes that count."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The classes' embeddings for a detector: CLIP's, computed once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

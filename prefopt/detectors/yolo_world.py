@@ -6,8 +6,6 @@ scripts/convert_yolo_world.py converts one. Of ultralytics only the network is u
 no downloads, no telemetry.
 """
 
-from __future__ import annotations
-
 import atexit
 import importlib
 import json
@@ -18,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -64,7 +62,7 @@ class YoloWorldSettings:
         return json.dumps({"model_type": MODEL_TYPE, **asdict(self)}, indent=2) + "\n"
 
     @classmethod
-    def load(cls, folder: Path) -> YoloWorldSettings:
+    def load(cls, folder: Path) -> Self:
         """From a folder's config.json; InputError if it is none of ours."""
         try:
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))

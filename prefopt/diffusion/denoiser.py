@@ -5,8 +5,6 @@ noised latents and targets are float32 and are cast once, at the network's input
 float32.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

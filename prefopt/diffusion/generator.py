@@ -3,8 +3,6 @@
 Importing this imports no model library; `sampling` loads and runs what is described here.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path

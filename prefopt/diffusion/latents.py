@@ -5,8 +5,6 @@ exact; of the mirror image, too, where images are flipped) and the text embeddin
 centre one: it is the same at every visit, so that it can be cached.
 """
 
-from __future__ import annotations
-
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -136,21 +134,6 @@ class Encoder:
         }
 
 
-def encode_table(
-    pipeline: Any, family: Family, table: Table, *, cache_dir: Path, resolution: int, **chances: Any
-) -> EncodedCandidates:
-    """The table's examples, encoded by the pipeline's frozen parts; `chances` go to EncodedCandidates."""
-    encoder = Encoder(pipeline, cache_dir, resolution, family)
-    return EncodedCandidates(
-        table,
-        encoder.images(table, mirrored=chances["flip_probability"] > 0),
-        encoder.prompts(table.facts.unique("prompt")),
-        scaling=family.scaling(pipeline),
-        per_candidate=family.per_candidate,
-        **chances,
-    )
-
-
 class EncodedCandidates(Dataset):
     """Examples of a table from its stored encodings; `dataset[(index, visit)]` is a pure function of both and
     the seed.
@@ -224,6 +207,21 @@ class EncodedCandidates(Dataset):
         if self.table.soft_labels:
             example["p_chosen"] = torch.tensor(fact["p_chosen"], dtype=torch.float32)
         return example
+
+
+def encode_table(
+    pipeline: Any, family: Family, table: Table, *, cache_dir: Path, resolution: int, **chances: Any
+) -> EncodedCandidates:
+    """The table's examples, encoded by the pipeline's frozen parts; `chances` go to EncodedCandidates."""
+    encoder = Encoder(pipeline, cache_dir, resolution, family)
+    return EncodedCandidates(
+        table,
+        encoder.images(table, mirrored=chances["flip_probability"] > 0),
+        encoder.prompts(table.facts.unique("prompt")),
+        scaling=family.scaling(pipeline),
+        per_candidate=family.per_candidate,
+        **chances,
+    )
 
 
 def _tokenizers_key(tokenizers: Iterable[Any]) -> str:

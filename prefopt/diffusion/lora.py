@@ -1,7 +1,5 @@
 """LoRA on a diffusion model's network: fresh or trained ones, and the files that diffusers reads."""
 
-from __future__ import annotations
-
 import json
 import logging
 import warnings

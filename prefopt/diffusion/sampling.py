@@ -5,8 +5,6 @@ as if the model had generated it. It is never loaded here; put one back around w
 people.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path

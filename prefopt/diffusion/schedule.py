@@ -3,10 +3,8 @@
 Noised samples and targets are float32; the denoiser casts them once, at the network's input.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers import DDPMScheduler
@@ -59,7 +57,7 @@ class DiscreteSchedule(nn.Module):
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
 
     @classmethod
-    def of(cls, pipeline: Any) -> DiscreteSchedule:
+    def of(cls, pipeline: Any) -> Self:
         """The schedule that a pipeline was trained with; InputError if its prediction is unknown."""
         scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
         prediction = str(scheduler.config["prediction_type"])

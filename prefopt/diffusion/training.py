@@ -1,7 +1,5 @@
 """From a config and a table to a trained model: what every diffusion recipe does."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Figures as inline SVG, in the colours of the page's CSS: they follow its light, dark and print styles."""
 
-from __future__ import annotations
-
 import html
 import io
 import re

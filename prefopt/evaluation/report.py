@@ -1,7 +1,5 @@
 """One self-contained report.html from a comparison's summary.json and results.jsonl."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

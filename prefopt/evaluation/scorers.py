@@ -1,7 +1,5 @@
 """What a comparison measures: scorers of images and their prompts, each loaded at its first use."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """Paired intervals, win rates, and how many rows a comparison needs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A table of scores -> means of every system, and every system compared with the first."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any

@@ -6,8 +6,6 @@ a crash or with one more system, generates and scores only what is new. With sev
 its share; they must share the folder.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """summary.json in words: numbers with units, and the sentences that a report begins with."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 MINUS = "\N{MINUS SIGN}"

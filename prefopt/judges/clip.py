@@ -4,8 +4,6 @@ The CLIP score is 100 times the cosine of image and prompt embedding (arXiv 2104
 PickScore (arXiv 2305.01569) is a CLIP trained on people's choices, its scale included.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any

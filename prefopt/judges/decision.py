@@ -6,8 +6,6 @@ probability of all other tokens is the answer's `other_mass`. With `bare_labels`
 of DecisionPipeline.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence

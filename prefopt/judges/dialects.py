@@ -8,8 +8,6 @@
 In the last two the words are those of the first, so that all read the same prompt. Nothing here does I/O.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The judge behind HTTP: any server that answers questions about images, by the best route that it has."""
 
-from __future__ import annotations
-
 import json
 import logging
 from base64 import b64encode

@@ -7,8 +7,6 @@ config.json, model.safetensors, preprocessor_config.json and the tokenizer's fil
 the hub; scripts/convert_image_reward.py makes one of the published tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any

@@ -1,7 +1,5 @@
 """Judges by name: the one door. What a judge's answers depend on is known before it is loaded."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from typing import Any

@@ -3,8 +3,6 @@
 The three types are those of the System One API: a predicate (it calls them `noul`), a choice, a score.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count

@@ -5,8 +5,6 @@ sigmoid(r_a - r_b) is the probability that a is preferred over b. A judge answer
 log-odds of yes to the one question of the rubric `reward`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol

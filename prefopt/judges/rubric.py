@@ -8,14 +8,12 @@ gains nothing by it. A question with `soft: log_odds` counts d itself: of a rewa
 images is what it has to say, and tanh is flat where its rewards lie (judges/reward.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from math import tanh
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
 
@@ -77,7 +75,7 @@ class Rubric:
         object.__setattr__(self, "order", tuple(by_name[name] for name in order))
 
     @classmethod
-    def load(cls, name_or_path: str) -> Rubric:
+    def load(cls, name_or_path: str) -> Self:
         """The rubric of a YAML file, or one of ours by its name: `class_conditional`."""
         path = RUBRICS / f"{name_or_path}.yaml" if "/" not in name_or_path else Path(name_or_path)
         path = path if path.is_file() else Path(name_or_path)

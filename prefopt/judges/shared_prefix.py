@@ -1,7 +1,5 @@
 """All questions about an image in one row, which is read once: little more than one forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ added where the tokenizer would add it and the template does not, and EOS where 
 the completion. Both are part of what the model reads, and EOS is part of the score.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

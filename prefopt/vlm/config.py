@@ -1,7 +1,5 @@
 """The options that recipes on vision-language models share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from prefopt.config import RecipeConfig

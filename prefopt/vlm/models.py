@@ -1,7 +1,5 @@
 """Vision-language models: loading them with their processor, and LoRA on the language model alone."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from pathlib import Path

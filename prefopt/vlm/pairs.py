@@ -6,8 +6,6 @@ has no placeholder, the images go before its first user turn, as trl does; an im
 out is a placeholder, too.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path

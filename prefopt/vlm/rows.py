@@ -5,8 +5,6 @@ would have alone, under a mask that lets it attend to the prefix and to itself. 
 Shorter prefixes are padded on the right, where causal attention never looks and the second mask hides it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

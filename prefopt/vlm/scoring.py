@@ -1,7 +1,5 @@
 """The score of a completion under a vision-language model: the sum of log p over its tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

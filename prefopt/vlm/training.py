@@ -1,7 +1,5 @@
 """From a config to a trained model: what every recipe on vision-language models does."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -12,8 +12,6 @@ neither side. Prints JSON, of medians; a ratio is taken turn by turn, so that a 
 both.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -13,8 +13,6 @@ Prints JSON, of medians; a ratio is taken turn by turn. Our judge prepares its i
  the ratio to the plain passes is rather too small.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -1,7 +1,5 @@
 """Models of the shapes that people train and ask, with random weights: speed asks not what a model knows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,9 +1,8 @@
 """Prompts written by an LLM: its lists read, repetitions left out, nothing requested twice."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
+from typing import Self
 
 import pytest
 import torch
@@ -109,7 +108,7 @@ class Recited:
     identity: str = "recited"
     seeds: list[int] = field(default_factory=list)
 
-    def load(self) -> Recited:
+    def load(self) -> Self:
         return self
 
     def generate(self, system: str, request: str, *, seed: int) -> str:

@@ -1,7 +1,5 @@
 """Detectors: boxes are in the image's pixels, each image has its own classes, nothing is embedded twice."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import subprocess

@@ -1,7 +1,5 @@
 """The denoiser: its targets are diffusers', its candidates do not touch, what it saves others can load."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Every family against its stock pipeline, and families that are not known."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline, StableDiffusionPipeline

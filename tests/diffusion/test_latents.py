@@ -1,7 +1,5 @@
 """Encode once: images prepared and encoded, kept by content, and read back as training examples."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a build wrote."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

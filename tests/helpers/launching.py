@@ -3,8 +3,6 @@
 A fork server imports the libraries once; each launch is a fork of it that runs the recipe as `__main__`.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy

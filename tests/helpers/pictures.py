@@ -1,7 +1,5 @@
 """Small random pictures, and tables of them written to folders in every format that is read."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Recipes run in this process, and what a run logged."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

@@ -1,7 +1,5 @@
 """Servers for tests: a scripted one of this process, and `transformers serve` as a user starts it."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -14,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx2
 
@@ -30,7 +28,7 @@ class Scripted:
     routes: dict[str, Route]
     calls: list[tuple[str, dict, dict]] = field(default_factory=list)  # path, body, headers
 
-    def __enter__(self) -> Scripted:
+    def __enter__(self) -> Self:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))

@@ -4,8 +4,6 @@ Images are 16 x 16, latents 4 x 8 x 8. The tokenizer is a real CLIPTokenizer ove
 encodes, one token a character, 77 at most.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

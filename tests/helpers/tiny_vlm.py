@@ -4,8 +4,6 @@ Images are 32 x 32: sixteen placeholder tokens each. `LLAVA_1_5` writes neither 
 of llava-1.5-7b-hf; `CLOSED` writes both, so another trainer that adds nothing reads the same tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

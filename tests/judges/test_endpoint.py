@@ -1,7 +1,5 @@
 """The judge behind HTTP: against transformers serve, and against scripted servers of the other dialects."""
 
-from __future__ import annotations
-
 import base64
 import io
 import logging

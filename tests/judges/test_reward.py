@@ -1,7 +1,5 @@
 """Reward models as judges: CLIP and ImageReward against plain forward passes, and a build judged by one."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

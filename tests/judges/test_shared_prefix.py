@@ -4,8 +4,6 @@ Guards: '1. Yes,' read as nothing, a preamble that shifts all answers, a judge w
 with what else was asked, images encoded once per question.
 """
 
-from __future__ import annotations
-
 import logging
 from math import log
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The pocket's LLaVA as a judge, at describing, at writing; and the flawed pictures it is asked about."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from types import SimpleNamespace

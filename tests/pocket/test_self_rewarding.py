@@ -1,7 +1,5 @@
 """The self-rewarding builder launched by path on the pocket: LLM, text-to-image model, judge, detector."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

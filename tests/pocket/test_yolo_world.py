@@ -1,7 +1,5 @@
 """The pocket's detector: its boxes' truth, how it is measured, and that it is as good as it should be."""
 
-from __future__ import annotations
-
 import json
 import time
 

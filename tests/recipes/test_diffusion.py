@@ -1,7 +1,5 @@
 """Every diffusion recipe as a user runs it: by path, two steps, on each kind of model, LoRA and full."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`recipes/vlm_dpo.py` as a user runs it: first losses, every option, what it saves, what it refuses."""
 
-from __future__ import annotations
-
 import json
 import math
 import runpy

@@ -1,7 +1,5 @@
 """From rows to batches: what is scored, where the images go, and which rows are refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loading a VLM, and LoRA that stays on its language model."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Completion scores: the right tokens, whatever the padding and the order of the batch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_vlm import tiny_llava, vision_pairs

@@ -1,7 +1,5 @@
 """The same DPO as trl: five optimizer steps of both trainers on the same rows, from the same weights."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A new family is one file, an entry of `FAMILIES`, and a row in the parity test
 (tests/diffusion/test_families.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol
 

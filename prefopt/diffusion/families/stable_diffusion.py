@@ -1,7 +1,5 @@
 """Stable Diffusion 1.x and 2.x: a UNet conditioned on one text encoder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Stable Diffusion XL: two text encoders, pooled text, and each image's own size (arXiv 2307.01952)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
