@@ -6,12 +6,14 @@ from typing import Literal
 from data_builders.export.tables import EXPORTS
 from data_builders.images.selection import PairOptions, PairRule
 from prefopt import pocket
-from prefopt.diffusion.generator import GenerationOptions, Generator, parse_generator
+from prefopt.diffusion.generator import GenerationOptions, Generator
 from prefopt.errors import InputError
 from prefopt.judges.rubric import Rubric
 from prefopt.options import check_interval, check_paths_exist, option
 
 NONE = "none"  # in place of a detector
+# What a text of --sources may say beside its model, and of which type.
+SOURCE_OPTIONS = {"steps": int, "guidance": float, "adapter": str, "scale": float, "revision": str}
 
 
 @dataclass
@@ -86,7 +88,7 @@ class BuilderConfig(GenerationOptions):
     def generators(self) -> list[Generator]:
         """The models that generate a prompt's candidates in turn."""
         base = replace(self.generator, adapter=self.adapter, adapter_scale=self.adapter_scale)
-        return [parse_generator(text, base) for text in self.sources] or [base]
+        return [parse_source(text, base) for text in self.sources] or [base]
 
     @property
     def pair_options(self) -> PairOptions:
@@ -140,3 +142,35 @@ class SelfRewardingConfig(BuilderConfig):
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise InputError(f"--classes is {self.classes}; name one or more, each once")
         check_interval(self, "(0, 1]", "detection_threshold", "top_p")
+
+
+def parse_source(text: str, base: Generator) -> Generator:
+    """A generator from a text of --sources: a model (default: the base's), and `key=value` for what differs.
+
+    `stabilityai/sdxl-turbo steps=1 guidance=0` · `adapter=runs/sft scale=0.4`
+    """
+    words = text.split()
+    name = words.pop(0) if words and "=" not in words[0] else base.model
+    given = {key: value for key, _, value in (word.partition("=") for word in words)}
+    if unknown := sorted(given.keys() - SOURCE_OPTIONS.keys()):
+        raise InputError(f"--sources {text!r}: unknown {unknown[0]!r}; known are {', '.join(SOURCE_OPTIONS)}")
+    values = {}
+    for key, value in given.items():
+        try:
+            values[key] = SOURCE_OPTIONS[key](value)
+        except ValueError as error:
+            raise InputError(f"--sources {text!r}: {key} is {value!r}, not a number") from error
+    if name != base.model:
+        base = replace(base, model=name, revision=None, adapter=None)
+    sampler = replace(
+        base.sampler,
+        num_inference_steps=values.get("steps", base.sampler.num_inference_steps),
+        guidance_scale=values.get("guidance", base.sampler.guidance_scale),
+    )
+    return replace(
+        base,
+        sampler=sampler,
+        revision=values.get("revision", base.revision),
+        adapter=values.get("adapter", base.adapter),
+        adapter_scale=values.get("scale", base.adapter_scale),
+    )

@@ -4,7 +4,7 @@ Importing this imports no model library; `sampling` loads and runs what is descr
 """
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +17,6 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 MODEL_FILE = "model_index.json"
 
 _WEIGHT_FILES = (".json", ".safetensors", ".txt", ".model")
-# What a text about a generator may say beside its model, and of which type.
-_OPTIONS = {"steps": int, "guidance": float, "adapter": str, "scale": float, "revision": str}
 
 
 @dataclass(frozen=True)
@@ -108,38 +106,6 @@ class GenerationOptions:
         """The model with these settings, without an adapter."""
         sampler = Sampler(self.num_inference_steps, self.guidance_scale, self.height, self.width)
         return Generator(self.model_name_or_path, None, 1.0, self.revision, self.dtype, sampler)
-
-
-def parse_generator(text: str, base: Generator) -> Generator:
-    """A generator from an option's text: a model (default: the base's), and `key=value` for what differs.
-
-    `stabilityai/sdxl-turbo steps=1 guidance=0` · `adapter=runs/sft scale=0.4`
-    """
-    words = text.split()
-    name = words.pop(0) if words and "=" not in words[0] else base.model
-    given = {key: value for key, _, value in (word.partition("=") for word in words)}
-    if unknown := sorted(given.keys() - _OPTIONS.keys()):
-        raise InputError(f"--sources {text!r}: unknown {unknown[0]!r}; known are {', '.join(_OPTIONS)}")
-    values = {}
-    for key, value in given.items():
-        try:
-            values[key] = _OPTIONS[key](value)
-        except ValueError as error:
-            raise InputError(f"--sources {text!r}: {key} is {value!r}, not a number") from error
-    if name != base.model:
-        base = replace(base, model=name, revision=None, adapter=None)
-    sampler = replace(
-        base.sampler,
-        num_inference_steps=values.get("steps", base.sampler.num_inference_steps),
-        guidance_scale=values.get("guidance", base.sampler.guidance_scale),
-    )
-    return replace(
-        base,
-        sampler=sampler,
-        revision=values.get("revision", base.revision),
-        adapter=values.get("adapter", base.adapter),
-        adapter_scale=values.get("scale", base.adapter_scale),
-    )
 
 
 def pipeline_folder(model_name_or_path: str | Path, *, revision: str | None = None) -> Path:

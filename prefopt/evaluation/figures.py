@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -56,7 +57,7 @@ class Chart(NamedTuple):
     """A figure for a page."""
 
     title: str  # plain text
-    svg: str  # an <svg> element, its texts escaped
+    svg: Markup  # an <svg> element, its texts escaped
 
 
 def win_bars(contrasts: Sequence[Mapping], metric: str, name: str) -> Chart:
@@ -181,4 +182,5 @@ def _svg(figure: Figure, name: str, title: str) -> Chart:
         text = text.replace(stand_in, style)
     head, rest = text.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return Chart(title, f'{head} role="img" aria-label="{html.escape(title, quote=True)}">{rest}')
+    label = html.escape(title, quote=True)
+    return Chart(title, Markup(f'{head} role="img" aria-label="{label}">{rest}'))

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 from rich.table import Table
 
@@ -43,21 +42,20 @@ def write_report(
         raise InputError(f"no comparison in {folder}: it holds no summary.json; run the comparison first")
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    headline = _headline(summary)
     page = (
         page_templates(Path(__file__).parent)
         .get_template("report.html.jinja")
         .render(
             title=title or f"{' and '.join(_changed(summary))} against {next(iter(summary['systems']))}",
             summary=summary,
-            findings=[_finding(contrast, summary) for contrast in summary["contrasts"]],
-            table=_table(summary),
-            figures=[
-                {"title": chart.title, "svg": Markup(chart.svg)}
-                for chart in _figures(summary, [Path(run) for run in runs])
-            ],
-            galleries=_galleries(folder, summary, rows, shown),
+            headline=headline,
+            titles={metric: told["title"] for metric, told in headline.items()},
+            gaps=_gaps(summary),
+            figures=_figures(summary, [Path(run) for run in runs]),
+            galleries=_galleries(summary, rows, shown),
+            embedded=lambda image: _embedded(folder / image),
             words=words,
-            headline=_headline(summary),
         )
     )
     path = folder / "report.html"
@@ -70,7 +68,7 @@ def terminal_table(summary: dict) -> Table:
     """Each system's means, its change to the first, and how often it wins by each score."""
     headline = _headline(summary)
     won = {metric: told["title"] for metric, told in headline.items() if told["kind"] == "score"}
-    gaps = {contrast["system"]: contrast["metrics"] for contrast in summary["contrasts"]}
+    gaps = _gaps(summary)
     titles = [told["title"] for told in headline.values()]
     shown = Table("system", *titles, *(f"wins without ties ({title})" for title in won.values()))
     for name, system in summary["systems"].items():
@@ -92,67 +90,18 @@ def _headline(summary: Mapping) -> dict[str, dict]:
     return {metric: told for metric, told in summary["metrics"].items() if told["is_headline"]}
 
 
+def _gaps(summary: Mapping) -> dict[str, Mapping]:
+    """Each further system compared with the first, by metric."""
+    return {contrast["system"]: contrast["metrics"] for contrast in summary["contrasts"]}
+
+
 def _changed(summary: Mapping) -> list[str]:
     """The compared systems, an adapter at several scales named once."""
-    described = summary["systems"]
-    names = [contrast["system"] for contrast in summary["contrasts"]]
-    return list(
-        dict.fromkeys(Path(described[n]["adapter"]).name if _is_curve(summary, n) else n for n in names)
-    )
-
-
-def _finding(contrast: Mapping, summary: Mapping) -> dict:
-    """What one contrast says, metric by metric, in sentences."""
-    headline = _headline(summary)
-    return {
-        "system": contrast["system"],
-        "against": contrast["against"],
-        "same": _same_weights(summary, contrast),
-        "warning": words.disagreement(contrast, {metric: told["title"] for metric, told in headline.items()}),
-        "sentences": [
-            {
-                "difference": words.difference_sentence(
-                    told["title"], told["kind"], contrast["metrics"][metric]
-                ),
-                "wins": words.win_sentence(contrast["system"], contrast["metrics"][metric]),
-                "verdict": words.verdict(contrast["metrics"][metric], summary["prompts"]),
-            }
-            # Ground-truth metrics come before proxy metrics.
-            for metric, told in sorted(headline.items(), key=lambda item: not item[1]["is_truth"])
-        ],
-    }
-
-
-def _same_weights(summary: Mapping, contrast: Mapping) -> bool:
-    """Whether both sides of a contrast are one model: an adapter at scale 0, for instance."""
-    systems = summary["systems"]
-    return systems[contrast["system"]]["identity"] == systems[contrast["against"]]["identity"]
-
-
-def _table(summary: Mapping) -> list[dict]:
-    """Means of every metric (rows) and system (columns), each with its change to the first system."""
-    first = next(iter(summary["systems"]))
-    gaps = {contrast["system"]: contrast["metrics"] for contrast in summary["contrasts"]}
-    return [
-        {
-            "metric": told["title"],
-            "cells": [
-                {
-                    "mean": words.value(system["means"][metric], told["kind"]),
-                    "change": ""
-                    if name == first
-                    else words.change(gaps[name][metric]["difference"]["mean"], told["kind"]),
-                    "sure": name != first and _excludes_zero(gaps[name][metric]["difference"]),
-                }
-                for name, system in summary["systems"].items()
-            ],
-        }
-        for metric, told in sorted(summary["metrics"].items(), key=lambda item: not item[1]["is_headline"])
-    ]
-
-
-def _excludes_zero(gap: Mapping) -> bool:
-    return gap["low"] > 0 or gap["high"] < 0
+    names = {contrast["system"]: contrast["system"] for contrast in summary["contrasts"]}
+    for contrasts in _curves(summary):
+        adapter = Path(summary["systems"][contrasts[0]["system"]]["adapter"]).name
+        names |= {contrast["system"]: adapter for contrast in contrasts}
+    return list(dict.fromkeys(names.values()))
 
 
 def _figures(summary: Mapping, runs: Sequence[Path]) -> list[figures.Chart]:
@@ -183,10 +132,6 @@ def _curves(summary: Mapping) -> list[list[Mapping]]:
     return [contrasts for contrasts in by_adapter.values() if len(contrasts) > 1]
 
 
-def _is_curve(summary: Mapping, name: str) -> bool:
-    return any(contrast["system"] == name for contrasts in _curves(summary) for contrast in contrasts)
-
-
 def _read_metrics(run: Path) -> list[dict]:
     path = run / "metrics.jsonl"
     if not path.is_file():
@@ -197,7 +142,7 @@ def _read_metrics(run: Path) -> list[dict]:
     return lines
 
 
-def _galleries(folder: Path, summary: Mapping, rows: Sequence[Mapping], shown: int) -> list[dict]:
+def _galleries(summary: Mapping, rows: Sequence[Mapping], shown: int) -> list[dict]:
     """Sections of image rows: worst and best changes of the system that changed most, and a random sample."""
     metric = next(iter(summary["metrics"]))
     focus = max(
@@ -224,57 +169,15 @@ def _galleries(folder: Path, summary: Mapping, rows: Sequence[Mapping], shown: i
         ("Largest gains", best, measure),
         ("A random sample of the rest", picked, ""),
     ]
+
+    def gallery_row(pair: tuple) -> dict:
+        change = words.change(float(gain(pair)), summary["metrics"][metric]["kind"])
+        return {"prompt": pair[0], "seed": pair[1], "change": change, "images": columns[pair]}
+
     return [
-        {
-            "title": name,
-            "measure": measure,
-            "rows": [
-                _gallery_row(folder, summary, columns[pair], pair, metric, gain(pair)) for pair in pairs
-            ],
-        }
+        {"title": name, "measure": measure, "rows": [gallery_row(pair) for pair in pairs]}
         for name, pairs, measure in sections
         if pairs
-    ]
-
-
-def _gallery_row(
-    folder: Path, summary: Mapping, row: Mapping[str, Mapping], pair: tuple, metric: str, gain: float
-) -> dict:
-    metrics = summary["metrics"]
-    return {
-        "prompt": pair[0],
-        "seed": pair[1],
-        "change": words.change(float(gain), metrics[metric]["kind"]),
-        "cells": [
-            {
-                "system": name,
-                **_embedded(folder / row[name]["image"]),
-                "scores": [
-                    {"name": metrics[key]["title"], "text": words.value(float(score), metrics[key]["kind"])}
-                    for key, score in row[name]["scores"].items()
-                    if metrics[key]["kind"] != "proportion"
-                ],
-                "marks": _marks(row[name]["scores"], metrics),
-            }
-            for name in summary["systems"]
-        ],
-    }
-
-
-def _marks(scores: Mapping[str, float | bool], metrics: Mapping[str, Mapping]) -> list[dict]:
-    """Right or wrong, for each headline metric of booleans, with the parts that are wrong."""
-    return [
-        {
-            "name": told["scorer"],
-            "right": scores[metric],
-            "wrong": [
-                part["part"]
-                for other, part in metrics.items()
-                if part["scorer"] == told["scorer"] and not part["is_headline"] and not scores[other]
-            ],
-        }
-        for metric, told in metrics.items()
-        if told["kind"] == "proportion" and told["is_headline"]
     ]
 
 
@@ -290,4 +193,4 @@ def _embedded(path: Path) -> dict:
             buffer = io.BytesIO()
             small.save(buffer, format="WEBP", quality=82)
             content = buffer.getvalue()
-    return {"image": f"data:image/webp;base64,{base64.b64encode(content).decode()}", "is_small": is_small}
+    return {"data": f"data:image/webp;base64,{base64.b64encode(content).decode()}", "is_small": is_small}

@@ -14,11 +14,11 @@ from builds import build_of, calls, contents
 from datasets import load_dataset
 from launching import launch
 
-from data_builders.images.config import SelfRewardingConfig
+from data_builders.images.config import SelfRewardingConfig, parse_source
 from data_builders.self_rewarding import main
 from prefopt import store
 from prefopt.detectors import Box
-from prefopt.diffusion.generator import Generator, Sampler, parse_generator
+from prefopt.diffusion.generator import Generator, Sampler
 from prefopt.errors import InputError
 from prefopt.files import exclusive_lock
 from prefopt.judges.questions import NO, YES, Answer
@@ -204,12 +204,12 @@ def test_several_sources_take_turns(workplace):
 def test_a_source_says_what_differs():
     base = Generator("m", "a", 0.5, "r", sampler=Sampler(20, 7.5))
     expected = Generator("m", "a", 0.5, "r", sampler=Sampler(4, 0.0))
-    assert parse_generator("steps=4 guidance=0", base) == expected
-    assert parse_generator("other", base) == Generator("other", None, 0.5, sampler=Sampler(20, 7.5))
+    assert parse_source("steps=4 guidance=0", base) == expected
+    assert parse_source("other", base) == Generator("other", None, 0.5, sampler=Sampler(20, 7.5))
     with pytest.raises(InputError, match="unknown 'step'"):
-        parse_generator("m step=3", base)
+        parse_source("m step=3", base)
     with pytest.raises(InputError, match="steps is 'x', not a number"):
-        parse_generator("steps=x", base)
+        parse_source("steps=x", base)
 
 
 def test_zero_detections_everywhere_is_an_error_that_loses_nothing(workplace):
