@@ -24,15 +24,48 @@ asks that question alone, another selection asks nothing. The dataset is the sam
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from data_builders.images.config import NONE, SelfRewardingConfig
+from data_builders.export.tables import EXPORTS
+from data_builders.images.config import BuilderConfig
+from data_builders.prompts.config import PromptOptions
+from prefopt import pocket
 from prefopt.cli import run
+from prefopt.options import check_interval, check_paths_exist, option
 
 if TYPE_CHECKING:
     from prefopt.detectors import Detector
     from prefopt.judges.questions import Judge
     from prefopt.loading import Lazy
+
+
+NONE = "none"  # in place of a detector
+
+
+@dataclass
+class SelfRewardingConfig(BuilderConfig, PromptOptions):
+    """The detector; and, inherited, classes, prompts and all else of an image builder."""
+
+    detector: str | None = option(
+        None,
+        "YOLO-World folder, OWLv2 folder or hub id, none, or `pocket` (the default for the model `pocket`).",
+    )
+    detector_revision: str | None = option(None, "Revision of the detector.")
+    detection_threshold: float = option(0.6, "Least confidence of a detection, in (0, 1].")
+
+    candidates: int = option(10, "Images per prompt.")
+    rubric: str = option("class_conditional", "The questions: a YAML file, or one of ours by name.")
+    exports: list[str] = option(["sft", "pairs", "ranked"], f"Tables to write: {', '.join(EXPORTS)}.")
+    output_dir: str = option("data/self_rewarding", "Folder for the dataset.")
+
+    def __post_init__(self) -> None:
+        BuilderConfig.__post_init__(self)
+        PromptOptions.__post_init__(self)
+        written = [] if self.prompts else ["writer_model_name_or_path"]
+        pocket.fill_defaults(self, self.models, *written, "detector")
+        check_interval(self, "(0, 1]", "detection_threshold")
+        check_paths_exist(self, "detector")
 
 
 def main(
@@ -45,24 +78,15 @@ def main(
 
     from data_builders.engine.passes import from_first, processes
     from data_builders.images.build import Build
+    from data_builders.images.judging import judge_of
     from data_builders.images.selection import select_optimal
     from data_builders.prompts.generate import prompts_for
     from prefopt.detectors.loading import lazy_detector
-    from prefopt.judges.loading import lazy_judge
     from prefopt.judges.rubric import Rubric
 
     state = processes()
     device = torch.device(str(state.device))
     rubric = Rubric.load(config.rubric)
-    judge = judge or lazy_judge(
-        str(config.judge_model_name_or_path),
-        config.judge_revision,
-        rubric=rubric,
-        dtype=getattr(torch, config.judge_dtype),
-        device=device,
-        batch_size=config.judge_batch_size,
-        url=config.judge_url,
-    )
     if detector is None and config.detector != NONE:
         detector = lazy_detector(str(config.detector), revision=config.detector_revision, device=device)
     threshold = config.detection_threshold if detector else None
@@ -71,9 +95,9 @@ def main(
         selection = f"the best soft score of the images on which {config.detector} finds the class"
     build = Build(
         config,
-        prompts=from_first(state, lambda: prompts_for(config, Path(config.output_dir), device)),
+        prompts=from_first(state, lambda: prompts_for(config, Path(config.output_dir), config.seed, device)),
         rubric=rubric,
-        judge=judge,
+        judge=judge or judge_of(config, rubric, device),
         detector=detector,
         detection_threshold=config.detection_threshold,
         select=select_optimal(threshold, soft_decides=rubric.soft_decides),

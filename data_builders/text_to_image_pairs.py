@@ -47,7 +47,7 @@ class TextToImagePairsConfig(BuilderConfig):
     output_dir: str = option("data/pairs", "Folder for the dataset.")
 
     def __post_init__(self) -> None:
-        pocket.fill_defaults(self, self.model_name_or_path, "prompts")
+        pocket.fill_defaults(self, self.models, "prompts")
         super().__post_init__()
         check_interval(self, "[1, inf)", "num_prompts")
         check_paths_exist(self, "prompts")
@@ -61,9 +61,9 @@ def main(config: TextToImagePairsConfig, judge: Lazy[Judge] | None = None) -> No
 
     from data_builders.engine.passes import processes
     from data_builders.images.build import Build
+    from data_builders.images.judging import judge_of
     from data_builders.images.selection import select_pairs
     from data_builders.prompts.reading import given_prompts, read_prompts
-    from prefopt.judges.loading import lazy_judge
     from prefopt.judges.rubric import Rubric
 
     state = processes()
@@ -72,16 +72,7 @@ def main(config: TextToImagePairsConfig, judge: Lazy[Judge] | None = None) -> No
         config,
         prompts=given_prompts(read_prompts(str(config.prompts), config.num_prompts, config.seed)),
         rubric=rubric,
-        judge=judge
-        or lazy_judge(
-            str(config.judge_model_name_or_path),
-            config.judge_revision,
-            rubric=rubric,
-            dtype=getattr(torch, config.judge_dtype),
-            device=torch.device(str(state.device)),
-            batch_size=config.judge_batch_size,
-            url=config.judge_url,
-        ),
+        judge=judge or judge_of(config, rubric, torch.device(str(state.device))),
         select=select_pairs(config.pair_options),
         selection="the images of the pairs",
         names={"judge": str(config.judge_url or config.judge_model_name_or_path)},

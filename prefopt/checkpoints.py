@@ -84,11 +84,13 @@ class CheckpointingTrainer(Trainer):
     def _check_weights(self) -> None:
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         bad = [name for name, parameter in trained if not torch.isfinite(parameter).all()]
-        if bad:
+        # Of weights in shards a process sees its own; all of them have to stop.
+        count: Any = self.accelerator.reduce(torch.tensor(len(bad), device=self.accelerator.device))
+        if count:
             raise InputError(
                 f"after step {self.state.global_step} {len(bad)} of {len(trained)} trained tensors are not "
-                f"finite, {bad[0]} the first: nothing was saved. The last checkpoint is untouched; lower "
-                "--learning_rate, or use bf16 in place of fp16"
+                f"finite{f', {bad[0]} the first' if bad else ''}: nothing was saved. The last checkpoint is "
+                "untouched; lower --learning_rate, or use bf16 in place of fp16"
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -114,6 +114,8 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     # Of their own calls of what they renamed: nothing that a person running this could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|diffusers|peft|trl)\.")
+    # But of an option that was given under its old name.
+    warnings.filterwarnings("default", r"`\w+` is deprecated and will be removed", FutureWarning)
     first = int(os.environ.get("RANK", "0")) == 0
     try:
         config: Any = parse(config_class)

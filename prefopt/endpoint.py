@@ -11,12 +11,14 @@ import json
 import logging
 import os
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
@@ -76,8 +78,11 @@ class Endpoint:
         weakref.finalize(self, self._client.close)
         self._answered = False
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The server's JSON answer; Refused after a final HTTP error, InputError if it cannot be reached."""
+    def post(self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Result]) -> Result:
+        """What `read` returns for the server's JSON answer.
+
+        Refused after a final HTTP error, Unfit if `read` raises it, InputError if the server is out of reach.
+        """
         url, tried = f"{self.url}{path}", 0
         while True:
             after = None
@@ -90,8 +95,8 @@ class Endpoint:
                 if response.status_code != 429 and (
                     response.status_code < 500 or response.status_code == 501
                 ):
-                    return self._read(response, url)
-                problem, after = self._said(response), retry_after(response.headers.get("Retry-After"))
+                    return self._read(response, url, read)
+                problem, after = self._status(response), retry_after(response.headers.get("Retry-After"))
             if tried == (self.retries if self._answered else min(self.retries, 2)):
                 raise InputError(
                     f"gave up on {url} after {tried + 1} tries; the last error was "
@@ -105,6 +110,25 @@ class Endpoint:
 
     def _response(self, url: str, body: dict[str, Any]) -> httpx2.Response:
         """The whole answer, or an error once it takes too long or grows too large."""
+        outcome = SimpleQueue[httpx2.Response | Exception]()
+
+        def receive() -> None:
+            try:
+                outcome.put(self._received(url, body))
+            except Exception as error:
+                outcome.put(error)
+
+        # A thread that can be left behind: the client's own time-outs are between two bytes of a header.
+        threading.Thread(target=receive, daemon=True).start()
+        try:
+            result = outcome.get(timeout=self.timeout)
+        except Empty:
+            raise self._too_slow() from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _received(self, url: str, body: dict[str, Any]) -> httpx2.Response:
         end, content = time.monotonic() + self.timeout, bytearray()
         with self._client.stream("POST", url, json=body) as response:
             for chunk in response.iter_bytes():
@@ -114,11 +138,14 @@ class Endpoint:
                         f"{url} answered more than {self.max_bytes} bytes; is it the right address?"
                     )
                 if time.monotonic() > end:
-                    raise httpx2.ReadTimeout(f"no whole answer within {self.timeout:g} s")
+                    raise self._too_slow()
         headers = {k: v for k, v in response.headers.items() if k.lower() not in _OF_THE_WIRE}
         return httpx2.Response(response.status_code, headers=headers, content=bytes(content))
 
-    def _read(self, response: httpx2.Response, url: str) -> dict[str, Any]:
+    def _too_slow(self) -> httpx2.ReadTimeout:
+        return httpx2.ReadTimeout(f"no whole answer within {self.timeout:g} s")
+
+    def _read(self, response: httpx2.Response, url: str, read: Callable[[dict[str, Any]], Result]) -> Result:
         if response.is_redirect:
             target = self.without_key(response.headers.get("Location", "elsewhere"))
             raise Refused(
@@ -128,24 +155,29 @@ class Endpoint:
             hint = (
                 " Set PREFOPT_API_KEY to a key that it accepts." if response.status_code in (401, 403) else ""
             )
-            raise Refused(f"{url} answered {self._said(response)}.{hint}", response.status_code)
+            raise Refused(f"{url} answered {self._status(response)}.{hint}", response.status_code)
         try:
-            answer = json.loads(self.without_key(response.text))  # which errors may quote
+            answer = json.loads(response.text)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise InputError(f"{url} answered {self._said(response)}, which is no JSON object")
-        return answer
+            raise InputError(f"{url} answered {self._status(response)}, which is no JSON object")
+        try:
+            return read(answer)
+        except Unfit as error:
+            raise Unfit(self.without_key(str(error))[:400]) from None  # its traceback would show the key
 
-    def _said(self, response: httpx2.Response) -> str:
+    def _status(self, response: httpx2.Response) -> str:
         """Status and the start of the body, in one line."""
         text = " ".join(response.text.split())
         return self.without_key(f"{response.status_code} {response.reason_phrase}: {text}")[:400]
 
     def without_key(self, text: str) -> str:
-        """The text with the API key, as it is or as addresses and JSON spell it, replaced by `[key]`."""
+        """The text with the API key, as it is or as addresses, JSON and Python spell it, made `[key]`."""
         for spelled in (
-            {self._key, quote(self._key, safe=""), json.dumps(self._key)[1:-1]} if self._key else ()
+            {self._key, quote(self._key, safe=""), json.dumps(self._key)[1:-1], repr(self._key)[1:-1]}
+            if self._key
+            else ()
         ):
             text = text.replace(spelled, "[key]")
         return text
@@ -181,7 +213,7 @@ def chat_text(body: Mapping[str, Any]) -> tuple[str, bool]:
         choice = body["choices"][0]
         return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
     except (KeyError, IndexError, TypeError) as error:
-        raise Unfit(f"{str(dict(body))[:200]} is no chat completion") from error
+        raise Unfit(f"{dict(body)} is no chat completion") from error
 
 
 def retry_after(header: str | None) -> float | None:

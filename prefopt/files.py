@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
 from prefopt.errors import InputError
 
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # what its errors name
-_locked: set[Path] = set()  # by this process
+_locked: dict[Path, IO[str]] = {}  # the folders that this process has locked, with their lock files
 
 
 # Content
@@ -101,16 +102,17 @@ def check_identity(folder: Path, identity: Mapping[str, object], *, what: str, o
     for name in sorted(found.keys() | identity.keys()):
         if found.get(name) != identity.get(name):
             raise InputError(
-                f"the {what} {folder} does not fit this run: its {name} is {found.get(name)}, this "
-                f"run's is {identity.get(name)}. Name another {option}, or delete that folder."
+                f"the {what} {folder} does not fit this run. {name}: {found.get(name)} ({what}), "
+                f"{identity.get(name)} (this run). Name another {option}, or delete that folder"
             )
 
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes; InputError if one holds it. A killed process holds nothing.
+    """Lock a folder against other processes; InputError if one holds it.
 
-    Inside of a lock of the same process it does nothing.
+    A process that is killed holds nothing, whatever workers it leaves behind. Inside of a lock of the same
+    process it does nothing.
     """
     place = folder.resolve()
     if place in _locked:
@@ -124,10 +126,18 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
-                f"another run is at work in {folder}. Wait for it, or name another --output_dir"
+                f"another run is using {folder}. Wait for it, or name another --output_dir"
             ) from error
-        _locked.add(place)
+        _locked[place] = file
         try:
             yield
         finally:
-            _locked.remove(place)
+            del _locked[place]
+
+
+def _close_locks() -> None:
+    for file in _locked.values():
+        file.close()
+
+
+os.register_at_fork(after_in_child=_close_locks)  # else a worker would hold its parent's lock

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import transformers
+from huggingface_hub import resolve_revision
+from huggingface_hub.errors import RevisionResolutionError
 from safetensors import SafetensorError
 from torch import nn
-from transformers.utils.hub import resolve_revision
 
 from prefopt.errors import InputError
 from prefopt.files import files_key
@@ -19,7 +20,15 @@ from prefopt.files import files_key
 Model = TypeVar("Model")
 
 # What transformers, diffusers, peft and the hub's client raise for a wrong name or a broken file.
-UNUSABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+UNUSABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    RevisionResolutionError,
+)
 _FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # that a model's answers may depend on
 
 
@@ -87,11 +96,9 @@ def files_identity(name: str | Path, revision: str | None = None) -> str:
     if folder.is_dir():
         return files_key(folder, sorted(path for path in folder.iterdir() if path.suffix in _FILES))
     try:
-        return f"{name} at {resolve_revision(str(name), revision or 'main')}"
+        return f"{name} at {resolve_revision(str(name), revision=revision).resolved}"
     except UNUSABLE as error:
-        raise InputError(
-            f"{name} is no folder here, and as a hub id it is not found: {first_line(error)}"
-        ) from error
+        raise not_loaded("model", name, error) from error
 
 
 def own_memory(module: nn.Module) -> nn.Module:

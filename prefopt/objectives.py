@@ -59,18 +59,21 @@ class Objective:
     needs_reference: bool = True
     needs: frozenset[str] = frozenset()  # extras of `Scored`
     soft_labels: bool = False  # whether it uses `p_chosen`
+    label_smoothing: float = 0.0  # of labels that are not soft
 
     def __call__(self, scored: Scored, reference: Tensor | None, batch: Batch) -> Loss:
         """The losses of a batch; `reference` (batch, k) if the objective needs one."""
         return self.compute(scored, reference, batch)
 
     def check_labels(self, soft: bool) -> None:
-        """InputError if the pairs have soft labels, which this objective would ignore."""
+        """InputError for soft labels that this objective cannot use, or would smooth once more."""
         if soft and not self.soft_labels:
             raise InputError(
                 "the pairs have the column p_chosen, which this --loss_type cannot use: take dpo or cpo, or "
                 "remove the column"
             )
+        if soft and self.label_smoothing:
+            raise InputError("the pairs have the column p_chosen: leave out --label_smoothing, or the column")
 
 
 def pairwise(
@@ -93,7 +96,8 @@ def pairwise(
         outcome = loss(*pairs, **options | (_soft_labels(batch) if soft_labels else {}))
         return Loss(outcome.losses, outcome.rewards.stacked)
 
-    return Objective(compute, with_reference, soft_labels=soft_labels)
+    smoothing = options.get("label_smoothing", 0.0)
+    return Objective(compute, with_reference, soft_labels=soft_labels, label_smoothing=smoothing)
 
 
 def supervised() -> Objective:
@@ -114,7 +118,7 @@ def contrastive(beta: float, likelihood_weight: float, label_smoothing: float) -
         outcome = cpo_loss(_pair(scored.scores), chosen_nll=nll, **options | _soft_labels(batch))
         return Loss(outcome.losses, outcome.rewards.stacked, {"nll/chosen": nll.detach()})
 
-    return Objective(compute, needs_reference=False, needs=frozenset({"nll"}), soft_labels=True)
+    return Objective(compute, False, frozenset({"nll"}), soft_labels=True, label_smoothing=label_smoothing)
 
 
 # The menu, by --loss_type: from the options and a plain beta. (A p_chosen of 0.5 would divide robust by 0.)
@@ -129,6 +133,8 @@ OBJECTIVES: dict[str, Callable[["ObjectiveOptions", float], Objective]] = {
     ),
 }
 SMOOTHED = ("dpo", "robust", "cpo")
+# The options that not every loss has, with those that have them.
+_OPTIONS_OF = {"label_smoothing": SMOOTHED, "likelihood_weight": ("cpo",), "simpo_gamma": ("simpo",)}
 
 
 @dataclass
@@ -150,8 +156,9 @@ class ObjectiveOptions:
         check_interval(self, "[0, inf)", "likelihood_weight")
         if self.loss_type not in OBJECTIVES:
             raise InputError(f"--loss_type is {self.loss_type!r}; choose from {', '.join(OBJECTIVES)}")
-        if self.label_smoothing and self.loss_type not in SMOOTHED:
-            raise InputError(f"--label_smoothing is for {', '.join(SMOOTHED)}, not for {self.loss_type}")
+        for name, losses in _OPTIONS_OF.items():
+            if self.loss_type not in losses and getattr(self, name) != getattr(type(self), name):
+                raise InputError(f"--{name} is for {', '.join(losses)}, not for {self.loss_type}")
 
 
 def objective_of(options: ObjectiveOptions, beta: float) -> Objective:

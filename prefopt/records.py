@@ -199,9 +199,16 @@ def _load_folder(folder: Path, split: str) -> Dataset:
 
 
 def folder_state(folder: Path) -> str:
-    """A hash that changes with any file below a folder, the pictures that cells name by path among them."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """A hash that changes with any file below a folder, the pictures that cells name by path among them.
+
+    Files that datasets itself writes there, as its caches of a saved dataset, do not count.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_scratch(path.name))
     return content_key(json.dumps([[str(path.relative_to(folder)), *file_state(path)] for path in files]))
+
+
+def _is_scratch(name: str) -> bool:
+    return bool(re.fullmatch(r"\..*|cache-.*\.arrow|tmp[^.]*", name))
 
 
 def _names(path: Path, split: str) -> bool:

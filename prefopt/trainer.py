@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.adapters import adapter_layers
@@ -35,9 +35,9 @@ Metrics = Callable[[Batch, Tensor], dict[str, tuple[Tensor, Tensor]]]
 
 
 class Score(Protocol):
-    """Scores a batch through the model it is handed; `gives` names the extras of its `Scored`."""
+    """Scores a batch through the model it is handed; `extras` names those of its `Scored`."""
 
-    gives: frozenset[str]
+    extras: frozenset[str]
 
     def __call__(self, model: nn.Module, batch: Batch) -> Scored: ...
 
@@ -68,7 +68,7 @@ class PreferenceTrainer(CheckpointingTrainer):
         about: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
-        if missing := sorted(objective.needs - score.gives):
+        if missing := sorted(objective.needs - score.extras):
             raise InputError(
                 f"this --loss_type needs {' and '.join(missing)}, which {type(model).__name__} cannot give; "
                 "choose another --loss_type"
@@ -180,7 +180,9 @@ class PreferenceTrainer(CheckpointingTrainer):
         return found
 
     def _load_finished(self, checkpoint: str) -> None:
-        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or checkpoint)
         if self.ema:
             self.ema.resume_from = checkpoint
             self.ema.start(self.model)

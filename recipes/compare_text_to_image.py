@@ -59,7 +59,7 @@ class CompareConfig(GenerationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pocket.fill_defaults(self, self.model_name_or_path, "prompts", "clip_model_name_or_path")
+        pocket.fill_defaults(self, [self.model_name_or_path], "prompts", "clip_model_name_or_path")
         check_paths_exist(self, "clip_model_name_or_path")
         if self.prompts != pocket.NAME and not Path(str(self.prompts)).is_file():
             raise InputError(f"no prompts file {self.prompts}")

@@ -49,16 +49,20 @@ class RoundsConfig:
     build: str | None = option(
         None, "YAML file with the builder's options (default: `pocket`, for that model alone)."
     )
-    sft: str | None = option(None, "The same for SFT, or none to skip it.")
-    dpo: str | None = option(None, "The same for Diffusion-DPO, or none to skip it.")
-    compare: str | None = option(None, "The same for the comparison.")
+    sft: str | None = option(
+        None, "YAML file with the options of SFT, or none to skip it (default: see --build)."
+    )
+    dpo: str | None = option(
+        None, "YAML file with the options of Diffusion-DPO, or none to skip it (default: see --build)."
+    )
+    compare: str | None = option(None, "YAML file with the options of the comparison (default: see --build).")
     num_processes: int = option(1, "Processes of each step.")
     output_dir: str = option("runs/self_rewarding", "Folder for the rounds.")
 
     def __post_init__(self) -> None:
         check_interval(self, "[1, inf)", "rounds", "num_processes")
         files = ("build", "sft", "dpo", "compare")
-        pocket.fill_defaults(self, self.model_name_or_path, *files)
+        pocket.fill_defaults(self, [self.model_name_or_path], *files)
         for name in files:
             if getattr(self, name) == pocket.NAME:
                 setattr(self, name, str(CONFIGS / f"self_rewarding_{name}_pocket.yaml"))

@@ -212,7 +212,7 @@ def test_a_stale_cache(options, refused, tmp_path):
     options["cache_dir"] = tmp_path / "cache"
     trained(options)
     message = refused({**options, "output_dir": tmp_path / "other", "resolution": 32})
-    assert "its resolution is 16, this run's is 32" in message
+    assert "resolution: 16 (cache), 32 (this run)" in message
     assert str(tmp_path / "cache") in message and "--cache_dir" in message
 
 
@@ -221,7 +221,7 @@ def test_stale_reference_scores(options, refused, tmp_path):
     options |= {"cache_dir": tmp_path / "cache", "reference": "cache"}
     trained(options)
     message = refused({**options, "output_dir": tmp_path / "other", "seed": 7})
-    assert "its draws is seed 42" in message and "this run's is seed 7" in message
+    assert "draws: seed 42" in message and "(cache), seed 7" in message
 
 
 def files(folder: Path) -> dict[str, str]:

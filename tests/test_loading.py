@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+from huggingface_hub import constants
 from launching import ROOT
 from running import recipe
 from safetensors.torch import load_file, save_file
 from tiny_vlm import tiny_llava
 
-from data_builders.images.config import SelfRewardingConfig
+from data_builders.self_rewarding import SelfRewardingConfig
 from data_builders.text_to_image_pairs import TextToImagePairsConfig
 from prefopt.cli import parse
 from prefopt.diffusion.sampling import load_pipeline
@@ -63,7 +64,23 @@ def test_an_identity_is_the_files_and_loads_nothing(tmp_path, monkeypatch):
     assert first == files_identity(again) != other
 
 
-def missing(config: type, **options: str) -> str:
+def test_the_identity_of_a_hub_id_is_its_commit(tmp_path, monkeypatch):
+    """Guards: a repository that has changed, whose old answers are served; a model that does not exist."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    refs = tmp_path / "models--org--judge" / "refs"
+    refs.mkdir(parents=True)
+    found = set()
+    for commit in ("a" * 40, "b" * 40):
+        (refs / "main").write_text(commit)
+        found.add(files_identity("org/judge"))
+    assert found == {f"org/judge at {'a' * 40}", f"org/judge at {'b' * 40}"}
+    assert files_identity("org/judge", "c" * 40) == f"org/judge at {'c' * 40}"
+    for name in ("org/no-such-judge", str(tmp_path / "nowhere")):
+        with pytest.raises(InputError, match="no model could be loaded from"):
+            files_identity(name)
+
+
+def missing(config: type, **options: object) -> str:
     with pytest.raises(InputError) as error:
         config(**options)
     return str(error.value)
@@ -85,6 +102,13 @@ def test_a_real_model_gets_no_data_of_the_pockets(stable_diffusion, tmp_path):
     out["judge_model_name_or_path"] = "some/judge"
     assert "--writer_model_name_or_path is missing" in missing(SelfRewardingConfig, **out)
     assert "--detector is missing" in missing(SelfRewardingConfig, **out, **prompts)
+    sources = {"sources": ["pocket", "org/model steps=1"], "output_dir": out["output_dir"]}
+    for config, option in (
+        (TextToImagePairsConfig, "prompts"),
+        (SelfRewardingConfig, "judge_model_name_or_path"),
+    ):
+        message = missing(config, **sources)
+        assert f"--{option} is missing" in message and "not org/model" in message
     pocket = SelfRewardingConfig()
     assert pocket.judge_model_name_or_path == pocket.writer_model_name_or_path == pocket.detector == "pocket"
 

@@ -73,11 +73,16 @@ def test_the_likelihood_is_a_mean_over_the_step_s_tokens():
 
 @pytest.mark.parametrize("loss_type", ["dpo", "cpo"])
 def test_soft_labels_weigh_both_outcomes(loss_type):
-    objective = objective_of(Options(loss_type=loss_type, likelihood_weight=0.0), BETA)
+    without = {"likelihood_weight": 0.0} if loss_type == "cpo" else {}
+    objective = objective_of(Options(loss_type=loss_type, **without), BETA)
     logit = BETA * (-2.0 + 1.5) if loss_type == "dpo" else BETA * -2.0
     loss = objective(SCORED, REFERENCE, BATCH | {"p_chosen": torch.tensor([0.7])})
     assert loss.losses.item() == pytest.approx(0.7 * softplus(-logit) + 0.3 * softplus(logit), abs=1e-6)
     objective.check_labels(True)
+    smoothed = objective_of(Options(loss_type=loss_type, label_smoothing=0.1, **without), BETA)
+    smoothed.check_labels(False)
+    with pytest.raises(InputError, match="leave out --label_smoothing"):
+        smoothed.check_labels(True)
 
 
 @pytest.mark.parametrize("loss_type", ["ipo", "hinge", "robust", "simpo"])
@@ -98,3 +103,6 @@ def test_what_does_not_fit_is_named():
         Options(likelihood_weight=-1)
     with pytest.raises(InputError, match="--label_smoothing is for dpo, robust, cpo, not for simpo"):
         Options(loss_type="simpo", label_smoothing=0.1)
+    for name, losses in (("likelihood_weight", "cpo"), ("simpo_gamma", "simpo")):
+        with pytest.raises(InputError, match=f"--{name} is for {losses}, not for dpo"):
+            Options(**{name: 0.25})

@@ -391,6 +391,14 @@ def test_a_parquet_file_replaced_within_the_same_second_is_read_anew(tmp_path):
         assert hashes(tmp_path)[0] == sha(png(10 * seed))
 
 
+def test_a_saved_dataset_is_checked_once(tmp_path):
+    """Guards: datasets' own caches in that folder, taken for a change of it."""
+    folder = Path(as_saved(tmp_path / "saved"))
+    for _ in range(3):
+        check_pairs(read_pairs(str(folder)))
+        assert len(list(folder.glob("cache-*.arrow"))) == 1
+
+
 def test_a_picture_that_changes_under_a_read_table_is_named(tmp_path, stable_diffusion):
     pictures = with_paths(tmp_path / "table")
     table = read_pairs(str(tmp_path / "table"))

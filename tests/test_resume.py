@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -97,14 +98,15 @@ def test_a_finished_run_repeated_trains_nothing(setting, tmp_path, killed):
     first = launch(DPO, options, tmp_path / "log")
     assert first.wait() == 0, first.text()
     adapter = tmp_path / "run" / ADAPTER_FILE
-    before, losses = adapter.read_bytes(), logged(tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    before, losses, lines = adapter.read_bytes(), logged(tmp_path / "run"), metrics.read_bytes()
     if killed:
         adapter.unlink()
     again = launch(DPO, {**options, "resume_from_checkpoint": None}, tmp_path / "log")
     assert again.wait() == 0, again.text()
     assert "all 3 steps are done: nothing is trained" in again.text()
     assert adapter.read_bytes() == before
-    assert logged(tmp_path / "run") == losses and len(losses) == 3
+    assert metrics.read_bytes() == lines and len(losses) == 3
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
@@ -112,8 +114,22 @@ def test_two_trainings_in_one_folder_are_an_error(setting, tmp_path):
     with exclusive_lock(tmp_path / "run"):
         second = launch(DPO, {**setting, "output_dir": tmp_path / "run"}, tmp_path / "log")
         assert second.wait() == 2
-    assert f"another run is at work in {tmp_path / 'run'}" in second.text()
+    assert f"another run is using {tmp_path / 'run'}" in second.text()
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_worker_does_not_hold_its_parents_lock(tmp_path):
+    """Guards: workers that outlive a killed run by seconds, in which the same command is refused."""
+    context = get_context("fork")
+    started, ended = context.Event(), context.Event()
+    with exclusive_lock(tmp_path):
+        worker = context.Process(target=lambda: (started.set(), ended.wait()))
+        worker.start()
+        assert started.wait(30)
+    with exclusive_lock(tmp_path):
+        assert worker.is_alive()
+    ended.set()
+    worker.join()
 
 
 def test_a_new_run_does_not_overwrite_an_old_one(options, whole, tmp_path):

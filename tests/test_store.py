@@ -45,10 +45,10 @@ def test_tensors_that_share_memory_are_stored_apart(tmp_path):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"weights": "xyz", "resolution": "64"}, "its weights is abc, this run's is xyz"),
-        ({"weights": "abc", "resolution": "128"}, "its resolution is 64, this run's is 128"),
-        ({"weights": "abc"}, "its resolution is 64, this run's is None"),
-        ({**IDENTITY, "dtype": "bf16"}, "its dtype is None, this run's is bf16"),
+        ({"weights": "xyz", "resolution": "64"}, "weights: abc (cache), xyz (this run)"),
+        ({"weights": "abc", "resolution": "128"}, "resolution: 64 (cache), 128 (this run)"),
+        ({"weights": "abc"}, "resolution: 64 (cache), None (this run)"),
+        ({**IDENTITY, "dtype": "bf16"}, "dtype: None (cache), bf16 (this run)"),
     ],
 )
 def test_another_identity_is_an_error_that_names_both_sides(tmp_path, other, said):

@@ -71,7 +71,7 @@ def test_a_batch_may_be_split_over_accumulation(setting, tmp_path):
     assert len(set(logged(tmp_path / "whole"))) == 5
 
 
-def test_a_cached_reference_gives_the_live_runs_logged(setting, plain_run, tmp_path):
+def test_a_cached_reference_gives_the_live_runs_losses(setting, plain_run, tmp_path):
     options = {"reference": "cache", "cache_dir": str(tmp_path / "cache")}
     trainer = train(setting, tmp_path / "run", **options)
     assert logged(tmp_path / "run") == pytest.approx(logged(plain_run), abs=1e-6)
@@ -222,7 +222,7 @@ def test_trackers_get_the_metrics(setting, tmp_path):
 
 
 @pytest.mark.slow
-def test_torch_compile_trains_to_the_same_logged(setting, plain_run, tmp_path):
+def test_torch_compile_trains_to_the_same_losses(setting, plain_run, tmp_path):
     train(setting, tmp_path, torch_compile=True)
     # Fused kernels round otherwise, and Adam enlarges that; from step to step losses differ by 0.05.
     assert logged(tmp_path)[0] == pytest.approx(logged(plain_run)[0], abs=1e-6)

@@ -93,13 +93,14 @@ class Build:
         passes = []
         for place, generator in enumerate(generators):
             numbers = range(config.candidates)[place :: len(generators)]
-            identity = generator.identity | {
+            model = generator.identity
+            identity = model | {
                 "candidates": list(numbers),
                 "seed": config.seed,
                 "batch_size": config.batch_size,
                 "block_size": config.block_size,
             }
-            prompts = [prompt | generator.identity | generator.names for prompt in self.prompts.training]
+            prompts = [prompt | model | generator.names for prompt in self.prompts.training]
             blocks = ImageBlocks(work / f"images-{place}", identity, prompts, config.block_size)
             # Two generators may be one model with other settings.
             name = f"generating with {generator.model}" + (f", {place + 1}" if len(generators) > 1 else "")

@@ -11,7 +11,6 @@ from prefopt.errors import InputError
 from prefopt.judges.rubric import Rubric
 from prefopt.options import check_interval, check_paths_exist, option
 
-NONE = "none"  # in place of a detector
 # What a text of --sources may say beside its model, and of which type.
 SOURCE_OPTIONS = {"steps": int, "guidance": float, "adapter": str, "scale": float, "revision": str}
 
@@ -50,7 +49,9 @@ class BuilderConfig(GenerationOptions):
     calibrate: bool = option(True, "Subtract the judge's answers about an empty image.")
 
     pair_rule: PairRule = option("best_worst", "Which ranked candidates become pairs.")
-    min_margin: float = option(0.0, "Smallest difference between the soft scores of a pair.")
+    min_margin: float = option(
+        0.0, "Smallest difference between the soft scores of a pair; with --rubric reward, in logits."
+    )
     max_pairs_per_prompt: int | None = option(
         None, "Maximum pairs per prompt; those with the widest margins are kept (default: all)."
     )
@@ -70,7 +71,7 @@ class BuilderConfig(GenerationOptions):
         check_interval(self, "[1, inf)", "judge_batch_size", "max_pairs_per_prompt")
         check_interval(self, "[0, inf)", "min_margin")
         check_interval(self, "[2, inf)", "candidates")
-        pocket.fill_defaults(self, self.model_name_or_path, "judge_model_name_or_path")
+        pocket.fill_defaults(self, self.models, "judge_model_name_or_path")
         check_paths_exist(self, "adapter")
         if not self.judge_url:
             check_paths_exist(self, "judge_model_name_or_path")
@@ -82,7 +83,6 @@ class BuilderConfig(GenerationOptions):
                 f"{len(self.sources)} --sources for {self.candidates} --candidates: some generate nothing"
             )
         Rubric.load(self.rubric)
-        _ = self.generators
 
     @property
     def generators(self) -> list[Generator]:
@@ -91,57 +91,14 @@ class BuilderConfig(GenerationOptions):
         return [parse_source(text, base) for text in self.sources] or [base]
 
     @property
+    def models(self) -> list[str]:
+        """What the models are called that generate images."""
+        return [generator.model for generator in self.generators]
+
+    @property
     def pair_options(self) -> PairOptions:
         """Which ranked candidates become pairs."""
         return PairOptions(self.pair_rule, self.min_margin, self.max_pairs_per_prompt)
-
-
-@dataclass
-class SelfRewardingConfig(BuilderConfig):
-    """Classes, prompts and detector; and, inherited, all else of an image builder."""
-
-    classes: list[str] = option(["elephant", "giraffe"], "What the images are to show.")
-    prompts: str | None = option(
-        None, "Text file, one prompt a line, each naming one class (default: an LLM writes them)."
-    )
-    prompts_per_class: int = option(100, "Prompts to write.")
-    held_out_per_class: int = option(25, "Further prompts to write, for comparisons: held_out_prompts.txt.")
-    writer_model_name_or_path: str | None = option(
-        None,
-        "LLM that writes the prompts: a folder, a hub id or `pocket` (the default for the model `pocket`).",
-    )
-    writer_revision: str | None = option(None, "Revision of that LLM on the hub.")
-    writer_url: str | None = option(None, "OpenAI-compatible endpoint that serves the LLM.")
-    system_prompt: str | None = option(None, "Text file with the LLM's system prompt (default: ours).")
-    request_template: str | None = option(
-        None, "Text file with the request, with {count} and {class} (default: ours)."
-    )
-    temperature: float = option(0.7, "Of the LLM's sampling.")
-    top_p: float = option(0.95, "Of the LLM's sampling.")
-
-    detector: str | None = option(
-        None,
-        "YOLO-World folder, OWLv2 folder or hub id, none, or `pocket` (the default for the model `pocket`).",
-    )
-    detector_revision: str | None = option(None, "Revision of the detector.")
-    detection_threshold: float = option(0.6, "Least confidence of a detection, in (0, 1].")
-
-    candidates: int = option(10, "Images per prompt.")
-    rubric: str = option("class_conditional", "The questions: a YAML file, or one of ours by name.")
-    exports: list[str] = option(["sft", "pairs", "ranked"], f"Tables to write: {', '.join(EXPORTS)}.")
-    output_dir: str = option("data/self_rewarding", "Folder for the dataset.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_interval(self, "[1, inf)", "prompts_per_class")
-        check_interval(self, "[0, inf)", "held_out_per_class", "temperature")
-        written = [] if self.prompts else ["writer_model_name_or_path"]
-        pocket.fill_defaults(self, self.model_name_or_path, *written, "detector")
-        # Hours of other work come before these are read.
-        check_paths_exist(self, "writer_model_name_or_path", "detector", "prompts")
-        if not self.classes or len(set(self.classes)) < len(self.classes):
-            raise InputError(f"--classes is {self.classes}; name one or more, each once")
-        check_interval(self, "(0, 1]", "detection_threshold", "top_p")
 
 
 def parse_source(text: str, base: Generator) -> Generator:

@@ -6,15 +6,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from math import isfinite
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from data_builders.engine.blocks import Images
 from data_builders.engine.passes import ModelPass
 from data_builders.engine.stages import Record, batched, is_valid, mark_invalid
+from data_builders.images.config import BuilderConfig
 from prefopt.detectors import Box
 from prefopt.errors import InputError
 from prefopt.files import content_key
+from prefopt.judges.loading import lazy_judge
 from prefopt.judges.questions import Answer, Case, Judge, Question
 from prefopt.judges.rubric import Rubric
 from prefopt.loading import Lazy
@@ -22,6 +25,19 @@ from prefopt.store import Ledger
 
 EMPTY = "empty"  # stands for the pixels' hash of the empty image
 GREY = (128, 128, 128)
+
+
+def judge_of(config: BuilderConfig, rubric: Rubric, device: torch.device) -> Lazy[Judge]:
+    """The judge that the options name."""
+    return lazy_judge(
+        str(config.judge_model_name_or_path),
+        config.judge_revision,
+        rubric=rubric,
+        url=config.judge_url,
+        dtype=getattr(torch, config.judge_dtype),
+        device=device,
+        batch_size=config.judge_batch_size,
+    )
 
 
 class JudgeImages(ModelPass[Judge]):

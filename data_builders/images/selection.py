@@ -120,5 +120,5 @@ def _why_none(group: list[Record], options: PairOptions) -> str:
     ordered = ranked(group)
     if len(ordered) < 2:
         return TOO_FEW
-    widest = ordered[0]["soft_score"] - ordered[-1]["soft_score"]
-    return NO_MARGIN if widest <= 0 or widest < options.min_margin else SAME_IMAGE
+    margins = [a["soft_score"] - b["soft_score"] for a, b in _by_rule(ordered, options.rule)]
+    return SAME_IMAGE if any(m > 0 and m >= options.min_margin for m in margins) else NO_MARGIN

@@ -5,21 +5,21 @@ own. The replies are read as lists (`list_parsing`); of prompts that repeat anot
 is left out and counted. Replies are kept as they came, so a rerun requests nothing twice.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
 from tqdm import tqdm
 
 from data_builders.engine.passes import free_memory
+from data_builders.prompts.config import PromptOptions
 from data_builders.prompts.list_parsing import Distinct, parse_list
 from data_builders.prompts.llm import PromptLLM, Sampling, lazy_llm
 from data_builders.prompts.reading import Prompts, given_prompts, identify, naming, read_prompts
@@ -27,9 +27,6 @@ from prefopt.errors import InputError
 from prefopt.files import content_key, reporting_write_errors, write_atomically
 from prefopt.loading import Lazy
 from prefopt.store import Ledger
-
-if TYPE_CHECKING:
-    from data_builders.images.config import SelfRewardingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,24 +37,49 @@ NEAR = 0.8
 PATIENCE = 5  # requests in a row without a new prompt, until the LLM is given up
 
 
-def prompts_for(config: SelfRewardingConfig, folder: Path, device: str | torch.device) -> Prompts:
+@dataclass(frozen=True)
+class Templates:
+    """The LLM's system prompt, and requests used in turn, with {count} and {class} to fill in."""
+
+    system: str
+    requests: tuple[str, ...]
+
+    @classmethod
+    def load(cls, system: str | None = None, requests: Sequence[str] = ()) -> Self:
+        """The texts of these files; by default our own."""
+        files = [Path(file) for file in requests] or [TEMPLATES / "request.txt"]
+        texts = tuple(map(_text, files))
+        for file, text in zip(files, texts, strict=True):
+            if "{class}" not in text:
+                raise InputError(
+                    f"the request {file} has no {{class}}, so it would be the same for every class"
+                )
+        return cls(_text(Path(system) if system else TEMPLATES / "system.txt"), texts)
+
+    def request(self, number: int, class_name: str, count: int) -> str:
+        """The request of this number."""
+        text = self.requests[number % len(self.requests)]
+        return text.replace("{count}", str(count)).replace("{class}", class_name)
+
+
+def prompts_for(options: PromptOptions, folder: Path, seed: int, device: str | torch.device) -> Prompts:
     """The prompts of a build: those of its file, or prompts by the LLM.
 
     For the LLM's, `held_out_prompts.txt` in the folder has those held out, and `prompts.json` the counts.
     """
-    if config.prompts is not None:
-        return given_prompts(read_prompts(config.prompts), config.classes)
-    sampling = Sampling(config.temperature, config.top_p)
-    name, revision = str(config.writer_model_name_or_path), config.writer_revision
-    llm = lazy_llm(name, revision, url=config.writer_url, device=device, sampling=sampling)
+    if options.prompts is not None:
+        return given_prompts(read_prompts(options.prompts), options.classes)
+    sampling = Sampling(options.temperature, options.top_p)
+    name, revision = str(options.writer_model_name_or_path), options.writer_revision
+    llm = lazy_llm(name, revision, url=options.writer_url, device=device, sampling=sampling)
     prompts = generate_prompts(
         llm,
-        config.classes,
-        config.prompts_per_class,
-        seed=config.seed,
-        held_out_per_class=config.held_out_per_class,
+        options.classes,
+        options.prompts_per_class,
+        seed=seed,
+        held_out_per_class=options.held_out_per_class,
         templates=Templates.load(
-            config.system_prompt, [config.request_template] if config.request_template else []
+            options.system_prompt, [options.request_template] if options.request_template else []
         ),
         ledger=Ledger(folder / "work", "prompts"),
     )
@@ -90,6 +112,7 @@ def generate_prompts(
     that quotes it.
     """
     templates = templates or Templates.load()
+    llm = Lazy(llm.identity, cache(llm.load))  # loaded once, whatever the number of classes
     prompts, texts = Prompts(), Distinct(near=1.0)
     needed = held_out_per_class + per_class
     with tqdm(total=needed * len(classes), desc="prompts", unit="prompt", disable=None) as bar:
@@ -104,31 +127,6 @@ def generate_prompts(
     return prompts
 
 
-@dataclass(frozen=True)
-class Templates:
-    """The LLM's system prompt, and requests used in turn, with {count} and {class} to fill in."""
-
-    system: str
-    requests: tuple[str, ...]
-
-    @classmethod
-    def load(cls, system: str | None = None, requests: Sequence[str] = ()) -> Templates:
-        """The texts of these files; by default our own."""
-        files = [Path(file) for file in requests] or [TEMPLATES / "request.txt"]
-        texts = tuple(map(_text, files))
-        for file, text in zip(files, texts, strict=True):
-            if "{class}" not in text:
-                raise InputError(
-                    f"the request {file} has no {{class}}, so it would be the same for every class"
-                )
-        return cls(_text(Path(system) if system else TEMPLATES / "system.txt"), texts)
-
-    def request(self, number: int, class_name: str, count: int) -> str:
-        """The request of this number."""
-        text = self.requests[number % len(self.requests)]
-        return text.replace("{count}", str(count)).replace("{class}", class_name)
-
-
 @dataclass
 class _Replies:
     """The LLM's replies about one class, in order; those that are kept without the LLM."""
@@ -140,7 +138,6 @@ class _Replies:
     name: str
     per_request: int
     counts: Counter[str]
-    loaded: PromptLLM | None = None
 
     def __iter__(self) -> Iterator[str]:
         number = 0
@@ -156,8 +153,7 @@ class _Replies:
         if self.ledger is not None and key in self.ledger:
             self.counts["calls_kept"] += 1
             return self.ledger[key]
-        self.loaded = self.loaded or self.llm.load()
-        reply = self.loaded.generate(self.templates.system, request, seed=seed)
+        reply = self.llm.load().generate(self.templates.system, request, seed=seed)
         self.counts["calls"] += 1
         if self.ledger is not None:
             self.ledger.add({key: reply})

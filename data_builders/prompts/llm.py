@@ -88,11 +88,11 @@ class LocalLLM:
         self.sampling = sampling or Sampling()
         self.device = torch.device(device)
         dtype = dtype or _dtype(device)
-        self.identity = llm_identity(model_name_or_path, revision, dtype, self.sampling)
         name = pocket.resolve(model_name_or_path, "llava")
         # Any: what these hold is wider in transformers' annotations than what is read of it.
         model, reader = _loaded(name, revision, dtype, self.device)
         self.model: Any = model
+        self.identity = llm_identity(model_name_or_path, revision, dtype, self.sampling)
         self.tokenizer: Any = getattr(reader, "tokenizer", reader)
         self._in_parts = reader is not self.tokenizer  # as the templates of VLMs read their messages
         template = reader.chat_template
@@ -170,7 +170,7 @@ class EndpointLLM:
             "max_tokens": self.sampling.max_new_tokens,
             "seed": seed,
         }
-        text, ended = chat_text(self.endpoint.post("/v1/chat/completions", body))
+        text, ended = self.endpoint.post("/v1/chat/completions", body, chat_text)
         return _whole_lines(text, ended=ended)
 
 

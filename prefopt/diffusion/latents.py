@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -24,14 +26,45 @@ from prefopt.diffusion.families import Family, family_of
 from prefopt.draws import draw
 from prefopt.errors import InputError
 from prefopt.files import content_key
-from prefopt.images import Prepared, prepare_image
+from prefopt.images import open_image
 from prefopt.records import Table
 from prefopt.store import TensorStore, tensors_key
 
 MIRRORED = "-mirrored"
+SMALLEST = 16  # pixels of the shorter side under which an image is taken to be broken
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Prepared(NamedTuple):
+    """An image ready for the VAE."""
+
+    pixels: Tensor  # (3, resolution, resolution), in [-1, 1]
+    sizes: Tensor  # (6,) height and width: original, of the crop's top left, and target: SDXL's conditioning
+
+
+def prepare_image(content: bytes, where: str, resolution: int) -> Prepared:
+    """Decode, resize the shorter side to `resolution` and crop the centre.
+
+    SDXL's size conditioning (arXiv 2307.01952, section 2.2) is this image's own. An image that cannot be
+    decoded, or whose shorter side is under 16 pixels, is an InputError that says `where`.
+    """
+    image = open_image(content, where)
+    width, height = image.size
+    if min(width, height) < SMALLEST:
+        raise InputError(f"{where}: an image of {width} x {height} pixels; the shorter side needs {SMALLEST}")
+    scale = resolution / min(width, height)
+    resized = image.resize(
+        (max(resolution, round(width * scale)), max(resolution, round(height * scale))),
+        Image.Resampling.LANCZOS,
+    )
+    left, top = (resized.width - resolution) // 2, (resized.height - resolution) // 2
+    cropped = np.asarray(resized.crop((left, top, left + resolution, top + resolution)), dtype=np.float32)
+    pixels = torch.from_numpy(cropped).permute(2, 0, 1) / 127.5 - 1
+    return Prepared(
+        pixels, torch.tensor([height, width, top, left, resolution, resolution], dtype=torch.float32)
+    )
 
 
 @dataclass

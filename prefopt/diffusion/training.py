@@ -104,7 +104,7 @@ class DenoisingScore:
     """Scores of a batch of encoded candidates through the model that the trainer hands over."""
 
     predict_clean: bool = False
-    gives: frozenset[str] = frozenset({"nll", "clean"})
+    extras: frozenset[str] = frozenset({"nll", "clean"})
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Scored:
         """Scores (batch, k), the denoising errors as `nll`, and the predicted clean latents if wanted."""

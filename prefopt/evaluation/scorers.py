@@ -54,17 +54,16 @@ class Scorer:
 
 
 def clip_scorer(model_name_or_path: str, *, revision: str | None = None, device: Any = "cpu") -> Scorer:
-    """The CLIP score of a CLIP; of another model of its shape, as PickScore, its score under its name."""
+    """The CLIP score of a CLIP, or of what is shaped like it, as PickScore, under the model's own name."""
     load = cache(lambda: ClipScorer(model_name_or_path, revision, device=device))
-    own = "" if model_name_or_path == pocket.NAME else Path(model_name_or_path).name
-    is_clip = "clip" in own.lower() or not own
+    is_pocket = model_name_or_path == pocket.NAME
+    own = "CLIP" if is_pocket else Path(model_name_or_path).name
     return Scorer(
-        name="clip" if is_clip else own,
-        title="CLIP score" if is_clip else f"{own} score",
+        name="clip" if is_pocket else own,
+        title=f"{own} score",
         about=(
-            f"100 times the cosine between {'CLIP' if is_clip else own}'s embedding of the image and of the "
-            "prompt. It says how well picture and words agree, not how good the picture looks, and a model "
-            "can learn to please it."
+            f"100 times the cosine between {own}'s embedding of the image and of the prompt. It says how "
+            "well picture and words agree, not how good the picture looks; a model can learn to please it."
         ),
         score=lambda images, prompts: load()(images, prompts),
         identity=clip_identity(model_name_or_path, revision),

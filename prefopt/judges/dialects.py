@@ -85,8 +85,8 @@ def read_text(question: Question, text: str) -> Answer:
 def read_tokens(question: Question, listed: Sequence[tuple[str, float]]) -> Answer:
     """The first token's likeliest candidates as (text, log-probability): variants of a label are summed.
 
-    An option that is not listed is given the most that it can have: no more than the least likely token
-    listed, and no more than what the list leaves.
+    An option that is not listed gets its upper bound: the smaller of the least listed probability and the
+    probability that the list leaves.
     """
     by_label = dict(zip(map(str.casefold, _labels(question)), question.options, strict=True))
     mass = dict.fromkeys(question.options, 0.0)
@@ -142,14 +142,14 @@ def _decisions_body(model: str, request: Request) -> dict[str, Any]:
 def _decisions_read(questions: tuple[Question, ...], body: Mapping[str, Any]) -> list[Answer]:
     given = _field(body, "answers")
     if not isinstance(given, list) or len(given) != len(questions):
-        raise Unfit(f"{len(questions)} questions were asked, and the answers are {str(given)[:200]}")
+        raise Unfit(f"{len(questions)} questions were asked, and the answers are {given}")
     answers = []
     for question, answer in zip(questions, given, strict=True):
         if (kind := _field(answer, "type")) == "refusal":
             answers.append(unreadable(question))
             continue
         if kind != question.type or answer.get("name", question.name) not in (question.name, None):
-            raise Unfit(f"the {question.type} {question.name} was answered {str(answer)[:200]}")
+            raise Unfit(f"the {question.type} {question.name} was answered {answer}")
         if kind == "predicate":
             answers.append(_predicate(question, _field(answer, "probability")))
             continue
@@ -178,7 +178,7 @@ def _logprobs_read(questions: tuple[Question, ...], body: Mapping[str, Any]) -> 
         first = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         listed = [(str(token["token"]), float(token["logprob"])) for token in first]
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise Unfit(f"it sends no log-probabilities, but {str(dict(body))[:200]}") from error
+        raise Unfit(f"it sends no log-probabilities, but {dict(body)}") from error
     if not listed or not all(logprob <= 1e-3 for _, logprob in listed):  # a NaN is no more than anything
         raise Unfit(f"its log-probabilities are {listed}")
     return [read_tokens(questions[0], listed)]
@@ -227,6 +227,6 @@ def _shares(question: Question, values: Mapping[str, Any]) -> Answer:
 def _field(body: Any, *names: str) -> Any:
     for name in names:
         if not isinstance(body, Mapping) or name not in body:
-            raise Unfit(f"there is no {' / '.join(names)} in what it answered, {str(body)[:200]}")
+            raise Unfit(f"there is no {' / '.join(names)} in what it answered, {body}")
         body = body[name]
     return body

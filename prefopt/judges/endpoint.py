@@ -4,6 +4,7 @@ import json
 import logging
 from base64 import b64encode
 from collections.abc import Sequence
+from functools import partial
 from io import BytesIO
 from typing import Literal
 
@@ -76,9 +77,9 @@ class EndpointJudge:
 
     def _ask(self, api: Api, request: Request) -> list[Answer]:
         dialect = DIALECTS[api]
-        body = self.endpoint.post(dialect.path, dialect.body(self.model, request))
+        read = partial(dialect.read, request.questions)
         try:
-            return dialect.read(request.questions, body)
+            return self.endpoint.post(dialect.path, dialect.body(self.model, request), read)
         except Unfit as error:
             raise Unfit(f"{self.endpoint.url}{dialect.path} of {self.model}: {error}") from error
 

@@ -4,6 +4,7 @@ This file imports no torch. `world` renders and captions the scenes, `oracle` ju
 alone; how the weights were trained is in PROVENANCE.json and scripts/pocket/.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -27,15 +28,15 @@ def resolve(name_or_path: str, part: str) -> str:
     return str(folder(part)) if name_or_path == NAME else name_or_path
 
 
-def fill_defaults(config: object, model: str, *options: str) -> None:
-    """Set options that were left out to `pocket`, if that is the model too; for another, they are required.
+def fill_defaults(config: object, models: Iterable[str], *options: str) -> None:
+    """Set options that were left out to `pocket`, if all models are that, too; else they are required.
 
     InputError that names the missing option: a real model is never trained on the pocket's pictures unasked.
     """
     for option in options:
         if getattr(config, option) is None:
-            if model != NAME:
+            if other := next((model for model in models if model != NAME), None):
                 raise InputError(
-                    f"--{option} is missing: only the model `{NAME}` has a default for it, not {model}"
+                    f"--{option} is missing: only the model `{NAME}` has a default for it, not {other}"
                 )
             setattr(config, option, NAME)

@@ -57,7 +57,7 @@ class VisionPairs(torch.utils.data.Dataset):
             _, chosen, rejected = self._messages(row, images, item)
             if self.soft_labels:
                 check_p_chosen(row["p_chosen"], self.where(item))
-            if _said(chosen) == _said(rejected):
+            if _text(chosen) == _text(rejected):
                 self.dropped["tie"] += 1
             else:
                 self.items.append(item)
@@ -190,7 +190,7 @@ def _completion(value: Any, where: str, image_token: str) -> list[dict]:
     return [message]
 
 
-def _said(messages: list[dict]) -> str:
+def _text(messages: list[dict]) -> str:
     return "".join(block["text"] for message in messages for block in message["content"]).strip()
 
 

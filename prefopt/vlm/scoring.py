@@ -29,7 +29,7 @@ class CompletionScore:
     The language head runs only on the columns in front of them, and only the scored logits become float32.
     """
 
-    gives = frozenset({"nll"})
+    extras = frozenset({"nll"})
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Scored:
         """The scores of a batch through the model that the trainer hands over; `nll` is the same negated."""

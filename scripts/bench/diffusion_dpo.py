@@ -36,11 +36,10 @@ from torch.utils.data import DataLoader
 from prefopt.adapters import lora_config
 from prefopt.config import LoraArguments
 from prefopt.diffusion.denoiser import Denoiser
-from prefopt.diffusion.latents import EncodedCandidates, Encoder
+from prefopt.diffusion.latents import EncodedCandidates, Encoder, prepare_image
 from prefopt.diffusion.lora import add_lora
 from prefopt.diffusion.training import DenoisingScore
 from prefopt.draws import draw
-from prefopt.images import prepare_image
 from prefopt.losses import Pair, dpo_loss
 from prefopt.records import Table, read_pairs
 from prefopt.reference import adapters_off

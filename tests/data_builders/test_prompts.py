@@ -10,7 +10,6 @@ from servers import Scripted, chat
 from tiny_vlm import tiny_llava
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from data_builders.images.config import SelfRewardingConfig
 from data_builders.prompts.generate import (
     NEAR,
     Templates,
@@ -21,6 +20,7 @@ from data_builders.prompts.generate import (
 from data_builders.prompts.list_parsing import Distinct, parse_list, words
 from data_builders.prompts.llm import EndpointLLM, LocalLLM, Sampling
 from data_builders.prompts.reading import given_prompts
+from data_builders.self_rewarding import SelfRewardingConfig
 from prefopt.errors import InputError
 from prefopt.pocket.world import PHRASINGS, caption, train_scenes
 from prefopt.store import Ledger
@@ -107,8 +107,10 @@ class Recited:
     say: object
     identity: str = "recited"
     seeds: list[int] = field(default_factory=list)
+    loads: int = 0
 
     def load(self) -> Self:
+        self.loads += 1
         return self
 
     def generate(self, system: str, request: str, *, seed: int) -> str:
@@ -137,6 +139,7 @@ def test_it_is_asked_until_each_class_has_its_prompts():
         assert (len(training), len(held_out)) == (14, 6) and all(name in prompt for prompt in training)
         seen = Distinct(NEAR)
         assert {seen.add(prompt) for prompt in held_out + training} == {"new"}, "apart also by near ones"
+    assert llm.loads == 1
     assert llm.seeds == [request_seed(3, name, k) for name in ("elephant", "giraffe") for k in range(4)]
     counts = {"requested": 80, "calls": 8, "parsed": 64, "exact_duplicates": 8, "near_duplicates": 8}
     assert written.counts == counts
@@ -312,8 +315,8 @@ def test_a_build_s_prompts_are_written_and_kept(tmp_path):
             writer_url=server.url,
             writer_model_name_or_path="m",
         )
-        records = prompts_for(config, tmp_path, "cpu").training
-        assert prompts_for(config, tmp_path, "cpu").training == records and len(server.calls) == 4
+        records = prompts_for(config, tmp_path, 0, "cpu").training
+        assert prompts_for(config, tmp_path, 0, "cpu").training == records and len(server.calls) == 4
     assert [record["class"] for record in records] == ["zebra"] * 8 + ["lion"] * 8
     held_out = (tmp_path / "held_out_prompts.txt").read_text().splitlines()
     assert len(held_out) == 4 and not set(held_out) & {record["prompt"] for record in records}

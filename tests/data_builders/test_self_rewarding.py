@@ -14,8 +14,8 @@ from builds import build_of, calls, contents
 from datasets import load_dataset
 from launching import launch
 
-from data_builders.images.config import SelfRewardingConfig, parse_source
-from data_builders.self_rewarding import main
+from data_builders.images.config import parse_source
+from data_builders.self_rewarding import SelfRewardingConfig, main
 from prefopt import store
 from prefopt.detectors import Box
 from prefopt.diffusion.generator import Generator, Sampler
@@ -232,7 +232,7 @@ def test_two_builds_in_one_folder_are_an_error(whole, workplace, tmp_path):
     with exclusive_lock(whole):
         second = launch("data_builders/self_rewarding.py", options, tmp_path / "log")
         assert second.wait() == 2
-    assert "another run is at work in" in second.text()
+    assert "another run is using" in second.text()
 
 
 def test_a_corrupt_block_is_named(workplace):

@@ -108,6 +108,9 @@ def test_a_tie_gives_no_pair():
     )
     alone = judged(["blue 9"], [(50, 9), (0, 0)], candidates=2)
     assert reasons(alone) == [TOO_FEW, "black"]
+    apart = judged(["blue 9"], [(50, 9), (51, 9), (52, 9)], candidates=3)
+    narrow = PairOptions("adjacent", min_margin=1.5)
+    assert set(reasons(select_pairs(narrow)(apart))) == {NO_MARGIN}, "though the first and the last are apart"
     same = [row | {"pixels_sha256": "same"} for row in close]
     assert set(reasons(select_pairs(PairOptions())(same))) == {SAME_IMAGE}
 
@@ -276,7 +279,7 @@ def test_a_candidate_can_be_generated_again_alone(workplace):
 
 def test_the_same_command_loads_nothing_and_neither_does_another_selection(workplace, monkeypatch):
     monkeypatch.setattr("data_builders.images.generation.load_generator", None)
-    monkeypatch.setattr("prefopt.judges.loading.load_judge", None)
+    monkeypatch.setattr("prefopt.judges.loading.RewardJudge", lambda *_, **__: pytest.fail("loaded"))
     folder = workplace / "whole"
     before = candidates_of(folder)
     margins = pq.read_table(folder / "pairs", columns=["margin"])["margin"].to_pylist()
@@ -303,13 +306,13 @@ def test_more_prompts_generate_only_the_new_blocks(workplace):
 
 def test_other_settings_in_the_folder_are_an_error_that_names_both_sides(workplace, tmp_path):
     for changes, message in (
-        ({"seed": 5}, "its seed is 0, this run's is 5"),
-        ({"guidance_scale": 1.0}, "its guidance_scale is 3.0, this run's is 1.0"),
+        ({"seed": 5}, r"seed: 0 \(folder\), 5 \(this run\)"),
+        ({"guidance_scale": 1.0}, r"guidance_scale: 3.0 \(folder\), 1.0 \(this run\)"),
         (
             {"model_name_or_path": tiny.tiny_stable_diffusion(tmp_path / "other", seed=1)},
-            "its model_identity",
+            "model_identity: ",
         ),
-        ({"adapter": tiny.tiny_adapter(workplace / "sd", tmp_path / "lora")}, "its adapter_identity is None"),
+        ({"adapter": tiny.tiny_adapter(workplace / "sd", tmp_path / "lora")}, "adapter_identity: None"),
     ):
         with pytest.raises(InputError, match=f"{message}.*Name another --output_dir"):
             main(settings(workplace, "whole", **changes))

@@ -10,12 +10,11 @@ from pictures import cell, encoded, picture, png, write_pairs
 from PIL import Image
 from tiny import SIZE
 
-from prefopt.diffusion.latents import MIRRORED, EncodedCandidates, Encoder
+from prefopt.diffusion.latents import MIRRORED, EncodedCandidates, Encoder, prepare_image
 from prefopt.diffusion.sampling import load_pipeline
 from prefopt.draws import draw
 from prefopt.errors import InputError
 from prefopt.files import content_key
-from prefopt.images import prepare_image
 from prefopt.records import read_pairs
 
 # Prepared images
@@ -207,15 +206,15 @@ def test_a_stale_cache_is_an_error(stable_diffusion, stable_diffusion_v, table, 
     first = encoder(stable_diffusion, tmp_path)
     first.images(table, mirrored=False)
     first.prompts(["a"])
-    with pytest.raises(InputError, match="its resolution is 16, this run's is 32"):
+    with pytest.raises(InputError, match=r"resolution: 16 \(cache\), 32 \(this run\)"):
         encoder(stable_diffusion, tmp_path, 32).images(table, mirrored=False)
     other = encoder(stable_diffusion, tmp_path)
     with torch.no_grad():
         next(other.pipeline.vae.parameters()).view(-1)[0] += 1e-6
         next(other.pipeline.text_encoder.parameters()).view(-1)[0] += 1e-6
-    with pytest.raises(InputError, match=r"its VAE weights is .*, this run's is"):
+    with pytest.raises(InputError, match=r"VAE weights: .* \(cache\), .* \(this run\)"):
         other.images(table, mirrored=False)
-    with pytest.raises(InputError, match=r"its text encoder weights is .*, this run's is"):
+    with pytest.raises(InputError, match=r"text encoder weights: .* \(cache\), .* \(this run\)"):
         other.prompts(["a"])
     # The same VAE and text encoder beside another UNet: shared.
     assert len(encoder(stable_diffusion_v, tmp_path).images(table, mirrored=False)) == 7

@@ -3,8 +3,11 @@
 import base64
 import io
 import logging
+import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from email.utils import formatdate
 from math import exp, log
 
@@ -219,6 +222,33 @@ def test_an_api_key_stays_between_us_and_its_server(monkeypatch, caplog):
     assert "lines" not in str(bad.value)
 
 
+@pytest.mark.parametrize("key", ["noul", "0.75", "visible"])
+def test_a_short_key_leaves_answers_as_they_are(monkeypatch, key):
+    monkeypatch.setenv("PREFOPT_API_KEY", key)
+    with Scripted(
+        {"/v1/systemone": lambda *_: {"answers": {"visible": {"type": "noul", "noul": 0.75}}}}
+    ) as it:
+        [[answer]] = EndpointJudge(it.url, "m", api="systemone").answer([asked()])
+    assert answer.probabilities == {YES: 0.75, NO: 0.25}
+
+
+def test_a_key_at_the_end_of_what_is_quoted_is_not_cut_in_two(monkeypatch):
+    monkeypatch.setenv("PREFOPT_API_KEY", "sk-a-secret-of-the-environment")
+    for length in range(80, 420, 20):
+        with (
+            Scripted(
+                {
+                    "/v1/systemone": lambda *_, n=length: {
+                        "answers": "x" * n + "sk-a-secret-of-the-environment"
+                    }
+                }
+            ) as it,
+            pytest.raises(InputError) as error,
+        ):
+            EndpointJudge(it.url, "m", api="systemone").answer([asked()])
+        assert "sk-a" not in str(error.value)
+
+
 def drip():
     while True:
         yield " "
@@ -236,15 +266,35 @@ def test_an_answer_that_drips_is_given_up_in_time():
     with Scripted({"/v1/systemone": lambda *_: (200, {}, drip())}) as server:
         slow = Endpoint(server.url, timeout=0.3, retries=1, first_wait=0.01)
         with pytest.raises(InputError, match=r"after 2 tries; .*no whole answer within 0\.3 s"):
-            slow.post("/v1/systemone", {})
+            slow.post("/v1/systemone", {}, dict)
     assert time.monotonic() - start < 5
+
+
+def test_headers_that_drip_are_given_up_in_time():
+    def serve():
+        connection, _ = listening.accept()
+        with connection, suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            while not ended.wait(0.05):
+                connection.sendall(b"X-More: to come\r\n")
+
+    ended, start = threading.Event(), time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = threading.Thread(target=serve)
+        server.start()
+        slow = Endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=0.5, retries=0)
+        with pytest.raises(InputError, match=r"no whole answer within 0\.5 s"):
+            slow.post("/v1/systemone", {}, dict)
+        assert time.monotonic() - start < 3
+        ended.set()
+        server.join()
 
 
 def test_an_answer_without_an_end_is_given_up_at_a_size():
     with Scripted({"/v1/systemone": lambda *_: (200, {}, flood())}) as server:
         endpoint = Endpoint(server.url, max_bytes=10**6)
         with pytest.raises(InputError, match="answered more than 1000000 bytes; is it the right address"):
-            endpoint.post("/v1/systemone", {})
+            endpoint.post("/v1/systemone", {}, dict)
     assert len(server.calls) == 1
 
 

@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import BertTokenizer, CLIPModel, CLIPProcessor
 
-from data_builders.images.config import SelfRewardingConfig
-from data_builders.self_rewarding import main
+from data_builders.self_rewarding import SelfRewardingConfig, main
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.judges.image_reward import ImageRewardScorer

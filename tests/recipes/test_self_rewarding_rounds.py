@@ -8,7 +8,7 @@ import yaml
 from launching import ROOT
 from running import recipe
 
-from data_builders.images.config import SelfRewardingConfig
+from data_builders.self_rewarding import SelfRewardingConfig
 from prefopt.cli import parse
 from prefopt.errors import InputError
 
