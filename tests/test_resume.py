@@ -123,7 +123,7 @@ def test_a_worker_does_not_hold_its_parents_lock(tmp_path):
     context = get_context("fork")
     started, ended = context.Event(), context.Event()
     with exclusive_lock(tmp_path):
-        worker = context.Process(target=lambda: (started.set(), ended.wait()))
+        worker = context.Process(target=lambda: (started.set(), ended.wait()), daemon=True)
         worker.start()
         assert started.wait(30)
     with exclusive_lock(tmp_path):
