@@ -224,7 +224,8 @@ def test_trackers_get_the_metrics(setting, tmp_path):
 @pytest.mark.slow
 def test_torch_compile_trains_to_the_same_losses(setting, plain_run, tmp_path):
     train(setting, tmp_path, torch_compile=True)
-    # Fused kernels round otherwise, and Adam enlarges that; from step to step losses differ by 0.05.
-    assert logged(tmp_path)[0] == pytest.approx(logged(plain_run)[0], abs=1e-6)
+    # Fused kernels round otherwise: an error of 0.5 by 3e-8, which a beta of 2500 makes 4e-5 of the loss on
+    # some CPUs, and which Adam enlarges; from step to step losses differ by 0.05.
+    assert logged(tmp_path)[0] == pytest.approx(logged(plain_run)[0], abs=1e-4)
     assert logged(tmp_path) == pytest.approx(logged(plain_run), abs=1e-3)
     assert adapter(tmp_path).keys() == adapter(plain_run).keys()
