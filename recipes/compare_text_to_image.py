@@ -7,19 +7,31 @@
         --guidance_scale 7.5 --clip_model_name_or_path openai/clip-vit-large-patch14 --dtype bfloat16
 
 A system is `name=path`, the path a LoRA folder or a whole pipeline; a name without a path is the model
-itself. All are compared with the first. You should see a table of means, and in --output_dir report.html,
+itself; words behind it change its own sampler: `"dpo=runs/dpo guidance=3 steps=50"`. All are compared with
+the first, at equal settings where both have them. With several --guidance_scales or --lora_scales the report
+opens with each system at its best, chosen on other prompts than those that it is counted on: a gain that more
+guidance gives as well is none. You should see a table of means, and in --output_dir report.html,
 summary.json, results.jsonl. The same command again generates nothing twice.
 
 --clip_model_name_or_path takes PickScore, too, whose score is then 100 times its cosine.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from prefopt import pocket
 from prefopt.cli import run
-from prefopt.diffusion.generator import ADAPTER_FILE, MODEL_FILE, GenerationOptions, Generator, adapter_file
+from prefopt.diffusion.generator import (
+    ADAPTER_FILE,
+    CHANGES,
+    MODEL_FILE,
+    GenerationOptions,
+    Generator,
+    adapter_file,
+    changed,
+)
 from prefopt.errors import InputError
 from prefopt.options import check_paths_exist, option
 
@@ -31,7 +43,10 @@ class CompareConfig(GenerationOptions):
     systems: list[str] = option(
         ["base", "dpo=runs/diffusion_dpo"],
         "What is compared, the baseline first: `name=path` of a LoRA or pipeline folder, or a "
-        "name alone for the base model.",
+        "name alone for the base model; quoted, with a sampler of its own: `dpo=folder guidance=3 steps=50`.",
+    )
+    guidance_scales: list[float] = option(
+        [], "Guidance scales at which each system is compared (default: --guidance_scale alone)."
     )
     lora_scales: list[float] = option([1.0], "Scales at which each LoRA is compared.")
     prompts: str | None = option(
@@ -63,31 +78,44 @@ class CompareConfig(GenerationOptions):
         check_paths_exist(self, "clip_model_name_or_path")
         if self.prompts != pocket.NAME and not Path(str(self.prompts)).is_file():
             raise InputError(f"no prompts file {self.prompts}")
-        _ = self.generators
+        _ = self.families
 
     @property
-    def generators(self) -> dict[str, Generator]:
-        """The systems by name, a LoRA once for each scale."""
-        base = self.generator
-        systems: list[tuple[str, Generator]] = []
+    def families(self) -> dict[str, dict[str, Generator]]:
+        """The systems by name, each with its variants: its guidance scales, and a LoRA's scales."""
+        families: dict[str, dict[str, Generator]] = {}
         for text in self.systems:
-            name, _, path = text.partition("=")
-            folder = Path(path)
-            if not path:
-                systems.append((name, base))
-            elif (folder / ADAPTER_FILE).is_file() or folder.suffix == ".safetensors":
-                adapter_file(path)
-                for scale in self.lora_scales:
-                    label = name if self.lora_scales == [1.0] else f"{name} at {scale:g}"
-                    systems.append((label, replace(base, adapter=path, adapter_scale=scale)))
-            elif (folder / MODEL_FILE).is_file():
-                systems.append((name, replace(base, model=path, revision=None)))
-            else:
-                raise InputError(f"--systems {text}: {path} holds neither {ADAPTER_FILE} nor {MODEL_FILE}")
-        names = [name for name, _ in systems]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise InputError(f"{twice[0]!r} is named twice among the systems; name each once")
-        return dict(systems)
+            # A folder's name may hold spaces.
+            first, *words = re.split(rf" +(?=(?:{'|'.join(CHANGES)})=)", text)
+            name, _, path = first.partition("=")
+            if name in families:
+                raise InputError(f"{name!r} is named twice among the systems; name each once")
+            families[name] = {}
+            own = any(word.startswith("guidance=") for word in words)
+            for guidance in [None] if own else self.guidance_scales or [None]:
+                base, swept = self.generator, ""
+                if guidance is not None:
+                    base = changed(base, [f"guidance={guidance}"], "--guidance_scales")
+                    swept = f", guidance {guidance:g}"
+                for scaled, generator in self._at_scales(base, path, text):
+                    label = f"{name}{scaled}{swept}"
+                    families[name][label] = changed(generator, words, f"--systems {text!r}")
+        return families
+
+    def _at_scales(self, base: Generator, path: str, text: str) -> list[tuple[str, Generator]]:
+        folder = Path(path)
+        if not path:
+            return [("", base)]
+        if (folder / ADAPTER_FILE).is_file() or folder.suffix == ".safetensors":
+            adapter_file(path)
+            alone = self.lora_scales == [1.0]
+            return [
+                ("" if alone else f" at {scale:g}", replace(base, adapter=path, adapter_scale=scale))
+                for scale in self.lora_scales
+            ]
+        if (folder / MODEL_FILE).is_file():
+            return [("", replace(base, model=path, revision=None))]
+        raise InputError(f"--systems {text}: {path} holds neither {ADAPTER_FILE} nor {MODEL_FILE}")
 
 
 def main(config: CompareConfig) -> None:
@@ -95,7 +123,7 @@ def main(config: CompareConfig) -> None:
     from rich.console import Console
 
     from data_builders.prompts.reading import held_out_captions, lines
-    from prefopt.evaluation.report import terminal_table, write_report
+    from prefopt.evaluation.report import best_lines, terminal_table, write_report
     from prefopt.evaluation.scorers import clip_scorer, oracle_scorer
     from prefopt.evaluation.text_to_image import compare, processes
 
@@ -109,19 +137,21 @@ def main(config: CompareConfig) -> None:
     scorers = [clip_scorer(str(config.clip_model_name_or_path), device=device)]
     if config.oracle == "on" or (config.oracle == "auto" and is_pocket):
         scorers.append(oracle_scorer(device))
+    families = config.families
     summary = compare(
-        config.generators,
+        {label: generator for variants in families.values() for label, generator in variants.items()},
         prompts[: config.num_prompts],
         range(config.seed, config.seed + config.num_seeds),
         scorers,
         config.output_dir,
+        families={label: name for name, variants in families.items() for label in variants},
         tie=config.tie,
         device=device,
         batch_size=config.batch_size,
     )
     if state.is_main_process:
         report = write_report(config.output_dir, runs=config.runs, shown=config.shown)
-        Console().print(terminal_table(summary), f"\n{report}")
+        Console().print(terminal_table(summary), *best_lines(summary), f"\n{report}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,10 @@ from typing import Literal
 from data_builders.export.tables import EXPORTS
 from data_builders.images.selection import PairOptions, PairRule
 from prefopt import pocket
-from prefopt.diffusion.generator import GenerationOptions, Generator
+from prefopt.diffusion.generator import GenerationOptions, Generator, changed
 from prefopt.errors import InputError
 from prefopt.judges.rubric import Rubric
 from prefopt.options import check_interval, check_paths_exist, option
-
-# What a text of --sources may say beside its model, and of which type.
-SOURCE_OPTIONS = {"steps": int, "guidance": float, "adapter": str, "scale": float, "revision": str}
 
 
 @dataclass
@@ -108,26 +105,6 @@ def parse_source(text: str, base: Generator) -> Generator:
     """
     words = text.split()
     name = words.pop(0) if words and "=" not in words[0] else base.model
-    given = {key: value for key, _, value in (word.partition("=") for word in words)}
-    if unknown := sorted(given.keys() - SOURCE_OPTIONS.keys()):
-        raise InputError(f"--sources {text!r}: unknown {unknown[0]!r}; known are {', '.join(SOURCE_OPTIONS)}")
-    values = {}
-    for key, value in given.items():
-        try:
-            values[key] = SOURCE_OPTIONS[key](value)
-        except ValueError as error:
-            raise InputError(f"--sources {text!r}: {key} is {value!r}, not a number") from error
     if name != base.model:
         base = replace(base, model=name, revision=None, adapter=None)
-    sampler = replace(
-        base.sampler,
-        num_inference_steps=values.get("steps", base.sampler.num_inference_steps),
-        guidance_scale=values.get("guidance", base.sampler.guidance_scale),
-    )
-    return replace(
-        base,
-        sampler=sampler,
-        revision=values.get("revision", base.revision),
-        adapter=values.get("adapter", base.adapter),
-        adapter_scale=values.get("scale", base.adapter_scale),
-    )
+    return changed(base, words, f"--sources {text!r}")

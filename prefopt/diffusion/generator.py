@@ -4,7 +4,8 @@ Importing this imports no model library; `sampling` loads and runs what is descr
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,8 @@ from prefopt.options import check_interval, check_paths_exist, option
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 MODEL_FILE = "model_index.json"
 
+# What a text about a generator may change, and of which type it is.
+CHANGES = {"steps": int, "guidance": float, "adapter": str, "scale": float, "revision": str}
 _WEIGHT_FILES = (".json", ".safetensors", ".txt", ".model")
 
 
@@ -106,6 +109,34 @@ class GenerationOptions:
         """The model with these settings, without an adapter."""
         sampler = Sampler(self.num_inference_steps, self.guidance_scale, self.height, self.width)
         return Generator(self.model_name_or_path, None, 1.0, self.revision, self.dtype, sampler)
+
+
+def changed(base: Generator, words: Sequence[str], where: str) -> Generator:
+    """The generator with what the words say, as `steps=4`, `guidance=0`, `scale=0.4`, `revision=main`.
+
+    An unknown word, or a value that is no number, is an InputError that says `where`.
+    """
+    given = {key: value for key, _, value in (word.partition("=") for word in words)}
+    if unknown := sorted(given.keys() - CHANGES.keys()):
+        raise InputError(f"{where}: unknown {unknown[0]!r}; known are {', '.join(CHANGES)}")
+    values = {}
+    for key, value in given.items():
+        try:
+            values[key] = CHANGES[key](value)
+        except ValueError as error:
+            raise InputError(f"{where}: {key} is {value!r}, not a number") from error
+    sampler = replace(
+        base.sampler,
+        num_inference_steps=values.get("steps", base.sampler.num_inference_steps),
+        guidance_scale=values.get("guidance", base.sampler.guidance_scale),
+    )
+    return replace(
+        base,
+        sampler=sampler,
+        revision=values.get("revision", base.revision),
+        adapter=values.get("adapter", base.adapter),
+        adapter_scale=values.get("scale", base.adapter_scale),
+    )
 
 
 def pipeline_folder(model_name_or_path: str | Path, *, revision: str | None = None) -> Path:

@@ -122,6 +122,32 @@ def scale_curve(
     return _svg(figure, f"scale-{metric}", f"{system}: {name} against LoRA scale")
 
 
+def guidance_curves(sweeps: Mapping[str, Sequence[Mapping]], metric: str, name: str, kind: str) -> Chart:
+    """Each system's mean over its guidance, a line per system; the first one dashed."""
+    factor = 100 if kind == "proportion" else 1
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(_WIDTH, 2.5), layout="constrained")
+        axes = figure.subplots()
+        for i, (system, variants) in enumerate(sweeps.items()):
+            points = sorted((v["settings"]["guidance_scale"], factor * v["means"][metric]) for v in variants)
+            style: dict[str, Any] = {"linestyle": (0, (4, 3)), "color": INK}
+            if i:
+                style = {"linestyle": "-", "color": _LINES[(i - 1) % len(_LINES)]}
+            axes.plot(
+                *zip(*points, strict=True),
+                **style,
+                marker="o",
+                markersize=4,
+                linewidth=1.4,
+                label=_short(system),
+            )
+        axes.set_xlabel("guidance scale")
+        axes.set_ylabel(name + (" (%)" if kind == "proportion" else ""))
+        axes.grid(False, axis="x")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
+    return _svg(figure, f"guidance-{metric}", f"{name} against guidance")
+
+
 def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Chart]:
     """Loss, implicit accuracy, margin and errors, a colour for each run; long runs are smoothed."""
     logged = {metric for lines in runs.values() for line in lines for metric in line}

@@ -43,16 +43,18 @@ def write_report(
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     headline = _headline(summary)
+    families = list(dict.fromkeys(system["family"] for system in summary["systems"].values()))
     page = (
         page_templates(Path(__file__).parent)
         .get_template("report.html.jinja")
         .render(
-            title=title or f"{' and '.join(_changed(summary))} against {next(iter(summary['systems']))}",
+            title=title or f"{' and '.join(families[1:])} against {families[0]}",
             summary=summary,
             headline=headline,
             titles={metric: told["title"] for metric, told in headline.items()},
             gaps=_gaps(summary),
             figures=_figures(summary, [Path(run) for run in runs]),
+            shown=_shown(summary),
             galleries=_galleries(summary, rows, shown),
             embedded=lambda image: _embedded(folder / image),
             words=words,
@@ -85,6 +87,19 @@ def terminal_table(summary: dict) -> Table:
     return shown
 
 
+def best_lines(summary: dict) -> list[str]:
+    """Each system against the first, each at its best, a line per metric; none without a sweep."""
+    if not summary["best"]:
+        return []
+    lines = [
+        f"{contrast['system']} against {contrast['against']}, each at its best: "
+        + words.difference_sentence(told["title"], told["kind"], contrast["metrics"][metric])
+        for contrast in summary["best"]["contrasts"]
+        for metric, told in _headline(summary).items()
+    ]
+    return [*lines, *filter(None, [words.edge_warning(summary["best"])])]
+
+
 def _headline(summary: Mapping) -> dict[str, dict]:
     """What the summary says of the metrics that stand for their scorers."""
     return {metric: told for metric, told in summary["metrics"].items() if told["is_headline"]}
@@ -95,24 +110,26 @@ def _gaps(summary: Mapping) -> dict[str, Mapping]:
     return {contrast["system"]: contrast["metrics"] for contrast in summary["contrasts"]}
 
 
-def _changed(summary: Mapping) -> list[str]:
-    """The compared systems, an adapter at several scales named once."""
-    names = {contrast["system"]: contrast["system"] for contrast in summary["contrasts"]}
-    for contrasts in _curves(summary):
-        adapter = Path(summary["systems"][contrasts[0]["system"]]["adapter"]).name
-        names |= {contrast["system"]: adapter for contrast in contrasts}
-    return list(dict.fromkeys(names.values()))
+def _shown(summary: Mapping) -> list[str]:
+    """The systems whose images are shown: of each family the variant that was its best most often."""
+    if summary["best"]:
+        return [max(shares, key=shares.get) for shares in summary["best"]["chosen"].values()]
+    return list(summary["systems"])
 
 
 def _figures(summary: Mapping, runs: Sequence[Path]) -> list[figures.Chart]:
     headline = _headline(summary)
-    charts = [
-        figures.win_bars(summary["contrasts"], metric, told["title"]) for metric, told in headline.items()
-    ]
-    for contrasts in _curves(summary):
+    contrasts = summary["best"]["contrasts"] if summary["best"] else summary["contrasts"]
+    charts = [figures.win_bars(contrasts, metric, told["title"]) for metric, told in headline.items()]
+    for contrasts in _scale_sweeps(summary):
         scales = [summary["systems"][contrast["system"]]["scale"] for contrast in contrasts]
         charts += [
             figures.scale_curve(contrasts, scales, metric, told["title"], told["kind"])
+            for metric, told in headline.items()
+        ]
+    if sweeps := _guidance_sweeps(summary):
+        charts += [
+            figures.guidance_curves(sweeps, metric, told["title"], told["kind"])
             for metric, told in headline.items()
         ]
     if runs:
@@ -122,14 +139,29 @@ def _figures(summary: Mapping, runs: Sequence[Path]) -> list[figures.Chart]:
     return charts
 
 
-def _curves(summary: Mapping) -> list[list[Mapping]]:
-    """The contrasts of each adapter that was compared at several scales."""
-    by_adapter: dict[tuple, list[Mapping]] = {}
+def _scale_sweeps(summary: Mapping) -> list[list[Mapping]]:
+    """The contrasts of each adapter that was compared at several scales, at one guidance each."""
+    sweeps: dict[tuple, list[Mapping]] = {}
     for contrast in summary["contrasts"]:
         system = summary["systems"][contrast["system"]]
         if system["adapter"] is not None:
-            by_adapter.setdefault((system["model"], system["adapter"]), []).append(contrast)
-    return [contrasts for contrasts in by_adapter.values() if len(contrasts) > 1]
+            guidance = system["settings"].get("guidance_scale")
+            sweeps.setdefault((system["model"], system["adapter"], guidance), []).append(contrast)
+    return [contrasts for contrasts in sweeps.values() if len(contrasts) > 1]
+
+
+def _guidance_sweeps(summary: Mapping) -> dict[str, list[Mapping]]:
+    """The systems that differ in their guidance alone, by what else they are called."""
+    sweeps: dict[tuple, list[Mapping]] = {}
+    for system in summary["systems"].values():
+        others = {name: value for name, value in system["settings"].items() if name != "guidance_scale"}
+        key = (system["family"], system["scale"], json.dumps(others))
+        sweeps.setdefault(key, []).append(system)
+    return {
+        systems[0]["name"].partition(", guidance ")[0]: systems
+        for systems in sweeps.values()
+        if len(systems) > 1
+    }
 
 
 def _read_metrics(run: Path) -> list[dict]:
@@ -144,18 +176,21 @@ def _read_metrics(run: Path) -> list[dict]:
 
 def _galleries(summary: Mapping, rows: Sequence[Mapping], shown: int) -> list[dict]:
     """Sections of image rows: worst and best changes of the system that changed most, and a random sample."""
-    metric = next(iter(summary["metrics"]))
-    focus = max(
-        summary["contrasts"], key=lambda contrast: abs(contrast["metrics"][metric]["difference"]["mean"])
+    metric, systems = next(iter(summary["metrics"])), summary["systems"]
+    first, *others = _shown(summary)
+    base = systems[first]["means"][metric]
+    focus = max(others, key=lambda name: abs(systems[name]["means"][metric] - base))
+    title, better = (
+        summary["metrics"][metric]["title"],
+        -1 if summary["metrics"][metric]["kind"] == "loss" else 1,
     )
-    title, better = summary["metrics"][metric]["title"], focus["metrics"][metric]["better"]
     columns: dict[tuple, dict[str, Mapping]] = {}
     for row in rows:
         columns.setdefault((row["prompt"], row["seed"]), {})[row["system"]] = row
 
     def gain(pair: tuple) -> float:
         row = columns[pair]
-        return better * (row[focus["system"]]["scores"][metric] - row[focus["against"]]["scores"][metric])
+        return better * (row[focus]["scores"][metric] - row[first]["scores"][metric])
 
     ordered, tie = sorted(columns, key=gain), summary["settings"]["tie"]
     count = max(1, shown // 3)
@@ -163,7 +198,7 @@ def _galleries(summary: Mapping, rows: Sequence[Mapping], shown: int) -> list[di
     best = [pair for pair in reversed(ordered) if gain(pair) > tie][:count]
     rest = [pair for pair in ordered if pair not in worst and pair not in best]
     picked = random.Random(0).sample(rest, min(max(0, shown - len(worst) - len(best)), len(rest)))
-    measure = f"{title}, {focus['system']} against {focus['against']}"
+    measure = f"{title}, {focus} against {first}"
     sections = [
         ("Largest losses", worst, measure),
         ("Largest gains", best, measure),

@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.evaluation.stats import paired_bootstrap, rows_for_power, win_rate
+from prefopt.evaluation.stats import (
+    best_elsewhere,
+    holm,
+    p_value,
+    paired_bootstrap,
+    rows_for_power,
+    win_rate,
+)
 from prefopt.runs import versions
 
 POWER = 0.8
@@ -21,8 +28,13 @@ def summarise(
     """The content of summary.json.
 
     `rows` are results.jsonl's (system, prompt, seed, scores); every system holds the same (prompt, seed) in
-    the same order. `metrics` says of each metric its title, its kind (score, proportion, loss) and whether it
-    is a headline. Intervals resample prompts; power counts prompts, each with these seeds.
+    the same order. `systems` says of each its settings, and of which `family` it is a variant: the same
+    weights at another guidance or LoRA scale. `metrics` says of each metric its title, its kind (score,
+    proportion, loss) and whether it is a headline. Intervals resample prompts; power counts prompts, each
+    with these seeds.
+
+    `contrasts` compare each system with the first family's variant of the same settings, or with the first
+    system. `best` compares the families, each at the variant that is best on other prompts.
     """
     names = list(systems)
     table = {name: [row for row in rows if row["system"] == name] for name in names}
@@ -54,17 +66,97 @@ def summarise(
         "contrasts": [
             {
                 "system": name,
-                "against": names[0],
-                "metrics": {
-                    metric: contrast(
-                        scores[name][metric], scores[names[0]][metric], prompts, tie, told["kind"]
-                    )
-                    for metric, told in metrics.items()
-                },
+                "against": against,
+                "metrics": _contrasts(scores[name], scores[against], prompts, tie, metrics),
             }
-            for name in names[1:]
+            for name, against in _opponents(systems).items()
+        ],
+        "best": _best(systems, scores, prompts, tie, metrics),
+    }
+
+
+def _opponents(systems: Mapping[str, Mapping]) -> dict[str, str]:
+    """What each system is compared with; the first family's own variants are compared with nothing."""
+    first = next(iter(systems))
+    base = {name: system for name, system in systems.items() if system["family"] == systems[first]["family"]}
+    return {
+        name: next((other for other in base if base[other]["settings"] == system["settings"]), first)
+        for name, system in systems.items()
+        if name not in base
+    }
+
+
+def _best(
+    systems: Mapping[str, Mapping],
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    prompts: Sequence[str],
+    tie: float,
+    metrics: Mapping[str, Mapping[str, Any]],
+) -> dict | None:
+    """The families, each at its best, against the first; None if none has several variants.
+
+    What is best is chosen by the ground truth, where there is one, on other prompts than those of the row.
+    """
+    families: dict[str, list[str]] = {}
+    for name, system in systems.items():
+        families.setdefault(system["family"], []).append(name)
+    if all(len(variants) == 1 for variants in families.values()):
+        return None
+    headline = [metric for metric, told in metrics.items() if told["is_headline"]]
+    by = next((metric for metric in headline if metrics[metric]["is_truth"]), headline[0])
+    better = -1 if metrics[by]["kind"] == "loss" else 1
+    chosen, at_best = {}, {}
+    for family, variants in families.items():
+        places = best_elsewhere(better * np.stack([scores[name][by] for name in variants]), prompts)
+        chosen[family] = {
+            name: round(float((places == i).mean()), 4)
+            for i, name in enumerate(variants)
+            if (places == i).any()
+        }
+        at_best[family] = {
+            metric: np.stack([scores[name][metric] for name in variants])[places, np.arange(len(prompts))]
+            for metric in metrics
+        }
+    first, *others = families
+    return {
+        "chosen_by": by,
+        "chosen": chosen,  # family -> its variants, with the share of rows at which each was chosen
+        "at_edge": [family for family in families if _is_at_edge(systems, families[family], chosen[family])],
+        "contrasts": [
+            {
+                "system": family,
+                "against": first,
+                "metrics": _contrasts(at_best[family], at_best[first], prompts, tie, metrics),
+            }
+            for family in others
         ],
     }
+
+
+def _is_at_edge(systems: Mapping[str, Mapping], variants: Sequence[str], chosen: Mapping[str, float]) -> bool:
+    """Whether a family's best is the least or the most guidance of its sweep."""
+    guidance = {name: systems[name]["settings"].get("guidance_scale") for name in variants}
+    ends = {min(guidance.values()), max(guidance.values())} if len(set(guidance.values())) > 1 else set()
+    return guidance[max(chosen, key=lambda name: chosen[name])] in ends
+
+
+def _contrasts(
+    system: Mapping[str, np.ndarray],
+    against: Mapping[str, np.ndarray],
+    prompts: Sequence[str],
+    tie: float,
+    metrics: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict]:
+    """Every metric of two systems; the p values of a scorer's parts are corrected for their number."""
+    found = {
+        metric: contrast(system[metric], against[metric], prompts, tie, told["kind"])
+        for metric, told in metrics.items()
+    }
+    for scorer in {told["scorer"] for told in metrics.values()}:
+        parts = [m for m, told in metrics.items() if told["scorer"] == scorer and not told["is_headline"]]
+        for metric, p in zip(parts, holm([found[metric]["p"] for metric in parts]), strict=True):
+            found[metric]["p_holm"] = p
+    return found
 
 
 def contrast(
@@ -82,6 +174,7 @@ def contrast(
         "mean_against": float(against.mean()),
         "better": better,
         "difference": asdict(paired_bootstrap(system, against, groups=ids)),
+        "p": p_value(by_prompt),
         "wins": asdict(win_rate(better * system, better * against, tie)),
         "prompts_for_power": rows_for_power(by_prompt, POWER),
     }

@@ -49,14 +49,16 @@ def compare(
     scorers: Sequence[Scorer],
     output_dir: str | Path,
     *,
+    families: Mapping[str, str] | None = None,
     tie: float = 0.01,
     device: str | torch.device | None = None,
     batch_size: int = 8,
 ) -> dict:
     """Generate and score every (system, prompt, seed); write images, results.jsonl and summary.json.
 
-    Returns the summary, in which every other system is compared with the first. Raises InputError for fewer
-    than two systems or prompts, or repeated ones.
+    Returns the summary, in which the systems are compared with the first. `families` names of each system
+    what it is a variant of, at another guidance or scale; the families are then also compared each at its
+    best. Raises InputError for fewer than two systems or prompts, or repeated ones.
     """
     _check(systems, prompts, seeds, scorers)
     state = processes()
@@ -85,6 +87,7 @@ def compare(
     described = {
         name: {
             "name": name,
+            "family": (families or {}).get(name, name),
             "model": generator.model,
             "adapter": generator.adapter,
             "scale": generator.adapter_scale,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
 PERCENT = "\N{NO-BREAK SPACE}%"
+ENOUGH = 20  # prompts, for a bootstrap interval to be as wide as it says
 
 
 def value(number: float, kind: str) -> str:
@@ -59,8 +60,33 @@ def win_sentence(system: str, contrast: Mapping) -> str:
     )
 
 
+def at_best(best: Mapping, family: str) -> str:
+    """Which variants were the family's best, with the share of the prompts: `dpo, guidance 3 (80 %)`."""
+    return ", ".join(
+        name if share == 1 else f"{name} ({percent(share)})" for name, share in best["chosen"][family].items()
+    )
+
+
+def edge_warning(best: Mapping) -> str | None:
+    """A warning when the best guidance of some families is the least or the most that was tried."""
+    if not best["at_edge"]:
+        return None
+    return f"The best guidance of {', '.join(best['at_edge'])} is at the end of the sweep: try a wider one."
+
+
+def part_sentence(title: str, kind: str, contrast: Mapping) -> str:
+    """`place -12.1 points (p 0.003).`: one part of a metric, its p corrected for their number."""
+    p = contrast["p_holm"]
+    shown = f"p {p:.2g}" if p >= 0.001 else "p < 0.001"
+    return f"{title} {change(contrast['difference']['mean'], kind)} ({shown})"
+
+
 def verdict(contrast: Mapping, prompts: int) -> str:
     """What can be claimed, and if nothing can, how many prompts would be needed."""
+    if prompts < ENOUGH:
+        return (
+            f"Too few to claim: {prompts} prompts, and under {ENOUGH} an interval is narrower than it says."
+        )
     if direction := _direction(contrast):
         side = "above" if contrast["difference"]["low"] > 0 else "below"
         return f"A {'gain' if direction > 0 else 'loss'}: the whole interval is {side} 0."

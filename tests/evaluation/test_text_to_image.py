@@ -17,6 +17,7 @@ from prefopt.evaluation import text_to_image, words
 from prefopt.evaluation.report import write_report
 from prefopt.evaluation.scorers import Scorer
 from prefopt.evaluation.stats import paired_bootstrap, win_rate
+from prefopt.evaluation.summary import summarise
 from prefopt.evaluation.text_to_image import compare
 
 RECIPE = "recipes/compare_text_to_image.py"
@@ -308,3 +309,117 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(models, tmp_path, flags, 
     with pytest.raises(SystemExit) as stop:
         recipe(monkeypatch, *given, *adapter, *flags)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+# Sweeps
+
+TRUTH = {
+    "oracle/all": {"title": "oracle", "kind": "proportion", "scorer": "oracle", "part": "all"},
+    "oracle/place": {"title": "oracle: place", "kind": "proportion", "scorer": "oracle", "part": "place"},
+}
+for _metric, _told in TRUTH.items():
+    _told |= {"is_headline": _metric == "oracle/all", "is_truth": True, "about": "what is right"}
+
+
+def swept(curves: dict, prompts: int = 120) -> dict:
+    """The summary of families that are right as often as their curves say at each guidance."""
+    rng = np.random.default_rng(0)
+    luck = rng.random((prompts, 2))  # a prompt is as hard for each
+    systems, rows = {}, []
+    for family, rates in curves.items():
+        for guidance, rate in rates.items():
+            name = f"{family}, guidance {guidance:g}"
+            settings = {"guidance_scale": guidance, "dtype": "float32"}
+            systems[name] = {"name": name, "family": family, "settings": settings}
+            for i in range(prompts):
+                for seed in range(2):
+                    right = bool(luck[i, seed] + rng.normal(0, 0.05) < rate)
+                    scores = {"oracle/all": right, "oracle/place": right or i % 2 == 0}
+                    rows.append({"system": name, "prompt": f"prompt {i}", "seed": seed, "scores": scores})
+    return summarise(rows, systems, TRUTH, 0.0)
+
+
+def test_a_base_under_more_guidance_gains_nothing():
+    """Guards: a trained model that is the base at twice the guidance, and at 2 looks 20 points better."""
+    curve = {1: 0.22, 2: 0.48, 3: 0.63, 4: 0.68, 4.5: 0.69, 6: 0.68, 9: 0.6, 12: 0.5}
+    base = {g: curve[g] for g in (1, 2, 3, 4.5, 6)}
+    trained = {g: curve[2 * g] for g in (1, 2, 3, 4.5, 6)}
+    summary = swept({"base": base, "trained": trained})
+    equal = {c["system"]: c for c in summary["contrasts"]}["trained, guidance 2"]
+    assert equal["against"] == "base, guidance 2"
+    assert equal["metrics"]["oracle/all"]["difference"]["low"] > 0.1
+    [best] = summary["best"]["contrasts"]
+    gap = best["metrics"]["oracle/all"]["difference"]
+    assert gap["low"] <= 0 <= gap["high"] and abs(gap["mean"]) < 0.05
+    assert words.verdict(best["metrics"]["oracle/all"], summary["prompts"]).startswith("No")
+    assert set(summary["best"]["chosen"]["base"]) <= {"base, guidance 4.5", "base, guidance 6"}
+
+
+def test_a_gain_at_each_ones_best_is_one_and_its_parts_are_corrected():
+    summary = swept({"base": {2: 0.4, 4: 0.5}, "dpo": {2: 0.6, 4: 0.7}})
+    [best] = summary["best"]["contrasts"]
+    assert best["metrics"]["oracle/all"]["difference"]["mean"] == pytest.approx(0.2, abs=0.05)
+    assert best["metrics"]["oracle/place"]["p_holm"] < 0.05 and "p_holm" not in best["metrics"]["oracle/all"]
+    assert summary["best"]["chosen_by"] == "oracle/all"
+    assert sum(summary["best"]["chosen"]["dpo"].values()) == pytest.approx(1, abs=1e-3)
+    assert [c["against"] for c in summary["contrasts"]] == ["base, guidance 2", "base, guidance 4"]
+
+
+def test_few_prompts_claim_nothing():
+    summary = swept({"base": {2: 0.1}, "dpo": {2: 0.9}}, prompts=19)
+    assert summary["best"] is None
+    entry = summary["contrasts"][0]["metrics"]["oracle/all"]
+    assert words.verdict(entry, 19).startswith("Too few to claim: 19 prompts")
+    assert words.verdict(entry, 20).startswith("A gain")
+
+
+def test_systems_have_variants_and_samplers_of_their_own(models, tmp_path):
+    config = runpy.run_path(str(ROOT / RECIPE))["CompareConfig"]
+    spaced = tmp_path / "a folder"
+    spaced.symlink_to(models / "lora")
+    given = {"prompts": "pocket", "clip_model_name_or_path": str(models / "clip")}
+    given |= {
+        "model_name_or_path": str(models / "sd"),
+        "guidance_scales": [1.0, 4.5],
+        "lora_scales": [0.5, 1],
+    }
+    systems = ["base", f"dpo={spaced}", f"slow={models / 'lora'} steps=50 guidance=2"]
+    families = config(systems=systems, **given).families
+    assert list(families["base"]) == ["base, guidance 1", "base, guidance 4.5"]
+    assert list(families["dpo"])[:3] == [
+        "dpo at 0.5, guidance 1",
+        "dpo at 1, guidance 1",
+        "dpo at 0.5, guidance 4.5",
+    ]
+    assert families["dpo"]["dpo at 1, guidance 4.5"].sampler.guidance_scale == 4.5
+    assert families["dpo"]["dpo at 1, guidance 4.5"].adapter == str(spaced)
+    assert list(families["slow"]) == ["slow at 0.5", "slow at 1"], "its own guidance is not swept"
+    assert families["slow"]["slow at 1"].sampler == Sampler(50, 2.0)
+    with pytest.raises(InputError, match="guidance is 'much', not a number"):
+        config(systems=["base", "more guidance=much"], **given)
+
+
+def test_a_sweep_has_a_report_that_opens_with_each_ones_best(models, tmp_path, monkeypatch, capsys):
+    options = {
+        "model_name_or_path": models / "sd",
+        "systems": ["base", f"dpo={models / 'lora'}"],
+        "guidance_scales": [1, 3],
+        "clip_model_name_or_path": models / "clip",
+        "prompts": "pocket",
+        "num_inference_steps": 2,
+        "num_prompts": 4,
+        "output_dir": tmp_path,
+    }
+    recipe(monkeypatch, *arguments(options))
+    page, summary = (
+        (tmp_path / "report.html").read_text(),
+        json.loads((tmp_path / "summary.json").read_text()),
+    )
+    assert summary["best"]["chosen_by"] == "oracle/all"
+    assert page.index("dpo against base, each at its best") < page.index(
+        "dpo, guidance 1 against base, guidance 1"
+    )
+    assert "Too few to claim: 4 prompts" in page and "By part: animal" in page
+    assert page.count("<svg") == 2 + 2  # win bars, curves over guidance
+    assert page.count("<figure>\n<img") == 2 * 8, "the best variant of each"
+    assert "each at its best" in capsys.readouterr().out
