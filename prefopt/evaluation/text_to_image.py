@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from prefopt.diffusion.generator import Generator
+from prefopt.diffusion.generator import Generator, Sampler
 from prefopt.diffusion.lora import set_adapter_scale
 from prefopt.diffusion.sampling import load_generator, sample
 from prefopt.errors import InputError
@@ -85,16 +85,7 @@ def compare(
         for (name, prompt, seed), key in keys.items()
     ]
     described = {
-        name: {
-            "name": name,
-            "family": (families or {}).get(name, name),
-            "model": generator.model,
-            "adapter": generator.adapter,
-            "scale": generator.adapter_scale,
-            "revision": generator.revision,
-            "settings": generator.settings,
-            "identity": weights[name],
-        }
+        name: _described(name, generator, weights[name]) | {"family": (families or {}).get(name, name)}
         for name, generator in systems.items()
     }
     summary = summarise(rows, described, metrics, tie)
@@ -104,6 +95,19 @@ def compare(
             write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     state.wait_for_everyone()
     return summary
+
+
+def _described(name: str, generator: Generator, weights: Mapping) -> dict:
+    """A system in summary.json."""
+    return {
+        "name": name,
+        "model": generator.model,
+        "adapter": generator.adapter,
+        "scale": generator.adapter_scale,
+        "revision": generator.revision,
+        "settings": generator.settings,
+        "identity": weights,
+    }
 
 
 def _plan(
@@ -150,7 +154,8 @@ def _generate(jobs: Mapping[str, _Job], folder: Path, device: torch.device, batc
     for generator in dict.fromkeys(job.generator for job in missing.values()):
         keys = [key for key, job in missing.items() if job.generator == generator]
         adapter = generator.adapter if generator.adapter_scale != 0 else None
-        needed = replace(generator, adapter=adapter, adapter_scale=1.0)
+        # Another scale or guidance needs no other weights.
+        needed = replace(generator, adapter=adapter, adapter_scale=1.0, sampler=Sampler())
         if loaded != needed:
             pipeline = None  # the last system's memory is freed before the next one is loaded
             pipeline, loaded = load_generator(needed, device), needed

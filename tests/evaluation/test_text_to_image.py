@@ -410,7 +410,10 @@ def test_a_sweep_has_a_report_that_opens_with_each_ones_best(models, tmp_path, m
         "num_prompts": 4,
         "output_dir": tmp_path,
     }
+    loads, load = [], text_to_image.load_generator
+    monkeypatch.setattr(text_to_image, "load_generator", lambda *a: loads.append(a) or load(*a))
     recipe(monkeypatch, *arguments(options))
+    assert len(loads) == 2, "another guidance loads no model"
     page, summary = (
         (tmp_path / "report.html").read_text(),
         json.loads((tmp_path / "summary.json").read_text()),
