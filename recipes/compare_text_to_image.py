@@ -99,6 +99,8 @@ class CompareConfig(GenerationOptions):
                     swept = f", guidance {guidance:g}"
                 for scaled, generator in self._at_scales(base, path, text):
                     label = f"{name}{scaled}{swept}"
+                    if any(label in variants for variants in families.values()):
+                        raise InputError(f"{label!r} is named twice among the systems; name each once")
                     families[name][label] = changed(generator, words, f"--systems {text!r}")
         return families
 

@@ -397,6 +397,12 @@ def test_systems_have_variants_and_samplers_of_their_own(models, tmp_path):
     assert families["slow"]["slow at 1"].sampler == Sampler(50, 2.0)
     with pytest.raises(InputError, match="guidance is 'much', not a number"):
         config(systems=["base", "more guidance=much"], **given)
+    for systems, changes, twice in (
+        (["base"], {"guidance_scales": [2, 2.0]}, "base, guidance 2"),
+        (["dpo at 0.5", f"dpo={models / 'lora'}"], {"guidance_scales": []}, "dpo at 0.5"),
+    ):
+        with pytest.raises(InputError, match=f"'{twice}' is named twice"):
+            config(systems=systems, **given | changes)
 
 
 def test_a_sweep_has_a_report_that_opens_with_each_ones_best(models, tmp_path, monkeypatch, capsys):
