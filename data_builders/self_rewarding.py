@@ -82,11 +82,10 @@ def main(
     from data_builders.images.selection import select_optimal
     from data_builders.prompts.generate import prompts_for
     from prefopt.detectors.loading import lazy_detector
-    from prefopt.judges.rubric import Rubric
 
     state = processes()
     device = torch.device(str(state.device))
-    rubric = Rubric.load(config.rubric)
+    rubric = config.questions
     if detector is None and config.detector != NONE:
         detector = lazy_detector(str(config.detector), revision=config.detector_revision, device=device)
     threshold = config.detection_threshold if detector else None

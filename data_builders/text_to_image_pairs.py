@@ -64,10 +64,9 @@ def main(config: TextToImagePairsConfig, judge: Lazy[Judge] | None = None) -> No
     from data_builders.images.judging import judge_of
     from data_builders.images.selection import select_pairs
     from data_builders.prompts.reading import given_prompts, read_prompts
-    from prefopt.judges.rubric import Rubric
 
     state = processes()
-    rubric = Rubric.load(config.rubric)
+    rubric = config.questions
     build = Build(
         config,
         prompts=given_prompts(read_prompts(str(config.prompts), config.num_prompts, config.seed)),

@@ -26,8 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from prefopt import pocket
 from prefopt.cli import run
+from prefopt.diffusion.generator import GenerationOptions
 from prefopt.errors import InputError
 from prefopt.files import write_atomically
 from prefopt.options import check_interval, option
@@ -75,6 +78,8 @@ class RoundsConfig:
 
 def main(config: RoundsConfig) -> None:
     """All rounds, one after the other."""
+    if said := other_sampler(config):
+        print(said, flush=True)
     adapter = None
     for number in range(1, config.rounds + 1):
         folder = Path(config.output_dir, f"round-{number}")
@@ -82,6 +87,24 @@ def main(config: RoundsConfig) -> None:
         for name, command in steps.items():
             step(name, command, folder, config.num_processes)
         adapter = folder / config.next_round
+
+
+def other_sampler(config: RoundsConfig) -> str:
+    """A sentence if candidates are not generated as the comparison generates images, else nothing.
+
+    What a model prefers at one guidance says little of its images at another.
+    """
+    build, compare = (yaml.safe_load(Path(str(f)).read_text()) or {} for f in (config.build, config.compare))
+    defaults = GenerationOptions()
+    for name in ("num_inference_steps", "guidance_scale"):
+        made = build.get(name, getattr(defaults, name))
+        compared = compare.get(f"{name}s") or [compare.get(name, getattr(defaults, name))]
+        if made not in compared:
+            return (
+                f"{config.build} generates candidates at --{name} {made:g}, and {config.compare} compares at "
+                f"{', '.join(f'{value:g}' for value in compared)}: gains may not carry over; name the same"
+            )
+    return ""
 
 
 def round_steps(

@@ -42,7 +42,6 @@ def write_gallery(
     output: Path,
     groups: Iterable[list[Record]],
     *,
-    title: str,
     facts: Mapping[str, str],
     thumbnail: int = 256,
     limit: int = 200,
@@ -55,14 +54,15 @@ def write_gallery(
     """
     shown = _shown(groups, limit, thumbnail)
     candidates = [candidate for prompt in shown.prompts for candidate in prompt["candidates"]]
+    classes = Counter(prompt["class"] for prompt in shown.prompts if prompt["class"])
     environment = page_templates(Path(__file__).parent)
     environment.filters["sha256"] = _sha256
     page = environment.get_template("gallery.html.jinja").render(
-        title=title,
+        title=": ".join(filter(None, ["Candidates", ", ".join(sorted(classes))])),
         facts=facts,
         shown=shown,
         questions=_questions(candidates),
-        classes=Counter(prompt["class"] for prompt in shown.prompts if prompt["class"]),
+        classes=classes,
         reasons=Counter(c["reason"] for c in candidates if c["reason"]).most_common(),
     )
     path = output / "gallery.html"

@@ -135,9 +135,10 @@ configs:
 
 {facts}
 
-{per_prompt} candidates of each prompt. The judge answered the rubric `{rubric}` about every candidate. Clear
-answers make points, whose sum is the hard score; how sure the answers are makes the soft score{calibrated}.
-Selected: {selection}. Pairs by the rule `{pair_rule}`, from a margin of {min_margin}. Splits are by prompt.
+{per_prompt} candidates of each prompt. The judge answered the rubric `{rubric}`{weights} about each of them.
+Clear answers make points, whose sum is the hard score; how sure the answers are makes the soft
+score{calibrated}. Selected: {selection}. Pairs by the rule `{pair_rule}`, from a margin of {min_margin}.
+Splits are by prompt.
 
 | table | what it is |
 |---|---|
@@ -162,6 +163,7 @@ def write_build(
     `selection` says in words which images were selected.
     """
     build = {
+        "facts": summary.facts(counts),
         "figures": summary.figures(),
         "rows": {name: dict(by_split) for name, by_split in counts.items()},
         "dropped": summary.dropped(),
@@ -202,6 +204,7 @@ def card(settings: dict, summary: Summary, counts: Mapping[str, Mapping[str, int
         judge=settings["judge_url"] or settings["judge_model_name_or_path"],
         per_prompt=settings["candidates"],
         rubric=settings["rubric"],
+        weights=f" ({', '.join(settings['question_weights'])})" if settings["question_weights"] else "",
         calibrated=", less what it answers about an empty image" if settings["calibrate"] else "",
         selection=selection,
         pair_rule=settings["pair_rule"],

@@ -141,11 +141,8 @@ class Build:
             folder, asdict(config), identities, summary, counts, selection=self.selection, run=run
         )
         if config.gallery:
-            title = f"Candidates: {', '.join(filter(None, sorted(set(images.classes.values()))))}".rstrip(
-                ": "
-            )
             candidates = (group.candidates for group in groups())
-            write_gallery(folder, candidates, title=title, facts=summary.facts(counts))
+            write_gallery(folder, candidates, facts=summary.facts(counts))
         if config.push_to_hub:
             push(folder, config.push_to_hub)
         return said

@@ -25,7 +25,6 @@ class BuilderConfig(GenerationOptions):
         "Several models in place of one, used in turn for a prompt's candidates; each quoted: "
         "`model steps=4 guidance=0 adapter=folder scale=0.4`.",
     )
-    num_inference_steps: int = option(20, "Denoising steps.")
     batch_size: int = option(32, "Images generated at once.")
     block_size: int = option(
         8, "Prompts per block; a crash loses at most the unfinished block of each process."
@@ -43,6 +42,9 @@ class BuilderConfig(GenerationOptions):
     judge_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the judge.")
     judge_batch_size: int = option(16, "Images judged at once.")
     rubric: str = option("reward", "The questions: a YAML file, or one of ours by name.")
+    question_weights: list[str] = option(
+        [], "Other weights of the rubric's questions than its own: `whole_prompt=4`."
+    )
     calibrate: bool = option(True, "Subtract the judge's answers about an empty image.")
 
     pair_rule: PairRule = option("best_worst", "Which ranked candidates become pairs.")
@@ -79,7 +81,12 @@ class BuilderConfig(GenerationOptions):
             raise InputError(
                 f"{len(self.sources)} --sources for {self.candidates} --candidates: some generate nothing"
             )
-        Rubric.load(self.rubric)
+        _ = self.questions
+
+    @property
+    def questions(self) -> Rubric:
+        """The rubric with these weights."""
+        return Rubric.load(self.rubric).weighed(self.question_weights)
 
     @property
     def generators(self) -> list[Generator]:

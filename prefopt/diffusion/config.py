@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from prefopt.config import RecipeConfig
+from prefopt.errors import InputError
 from prefopt.options import check_interval, option
 
 
@@ -17,8 +18,16 @@ class DiffusionConfig(RecipeConfig):
     flip_probability: float = option(0.0, "Probability that an example's images are mirrored.")
     drop_probability: float = option(0.0, "Probability that an example's prompt is left empty.")
 
+    timestep_range: list[float] = option(
+        [0.0, 1.0], "Part of the noise schedule to train on, from its least noise to its most, in [0, 1]."
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight is used in every forward
         check_interval(self, "[0, 1]", "flip_probability", "drop_probability")
+        ends = self.timestep_range
+        if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1:
+            given = " ".join(map(str, self.timestep_range))
+            raise InputError(f"--timestep_range {given}: name its two ends, the lower first, in [0, 1]")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prefopt.adapters import REFERENCE, adapter_layers
 from prefopt.diffusion.families import Family, family_of
 from prefopt.diffusion.lora import load_weights, save_weights
+from prefopt.diffusion.schedule import DiscreteSchedule
 from prefopt.files import content_key
 from prefopt.objectives import Scored
 
@@ -24,12 +25,18 @@ from prefopt.objectives import Scored
 class Denoiser(nn.Module):
     """A network of any family with its noise schedule."""
 
-    def __init__(self, pipeline: DiffusionPipeline, family: Family | None = None):
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        family: Family | None = None,
+        timestep_range: tuple[float, float] = (0.0, 1.0),
+    ):
         super().__init__()
         self.family = family or family_of(pipeline)
         # By the pipeline's own name for it, which is also the prefix of its LoRA's tensors.
         self.add_module(self.family.component, self.family.network(pipeline))
         self.schedule = self.family.schedule(pipeline)
+        self.schedule.span = timestep_range
 
     @property
     def network(self) -> Any:
@@ -56,7 +63,7 @@ class Denoiser(nn.Module):
         predict_clean: bool = False,
     ) -> Scored:
         """Scores (batch, k) of clean latents (batch, k, C, H, W) at one shared noise (batch, C, H, W) and
-        time (batch,) in [0, 1), the share of the schedule.
+        time (batch,) in [0, 1), the share of the schedule or of its `timestep_range`.
 
         `conditioning` holds what the family's `encode_prompts` gives of each prompt, (batch, ...), and what
         each candidate has of its own, (batch, k, ...). `predict_clean` adds the predicted clean latents.
@@ -103,7 +110,9 @@ class Denoiser(nn.Module):
     activation_checkpointing_enable = gradient_checkpointing_enable
 
 
-def denoising_metrics(batch: Mapping[str, Tensor], scores: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def denoising_metrics(
+    batch: Mapping[str, Tensor], scores: Tensor, schedule: DiscreteSchedule
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The denoising errors of a batch, over all times and by quartile of the schedule (q1: least noise)."""
     errors = {"chosen": -scores[:, 0]}
     if scores.shape[1] > 1:
@@ -112,6 +121,6 @@ def denoising_metrics(batch: Mapping[str, Tensor], scores: Tensor) -> dict[str, 
     for side, error in errors.items():
         metrics[f"error/{side}"] = (error, torch.ones_like(error))
         for quartile in range(4):
-            inside = (batch["time"] * 4).floor() == quartile
+            inside = (schedule.share(batch["time"]) * 4).floor() == quartile
             metrics[f"error/{side}/q{quartile + 1}"] = (error, inside.to(error.dtype))
     return metrics

@@ -54,6 +54,7 @@ class DiscreteSchedule(nn.Module):
     def __init__(self, alphas_cumprod: Tensor, prediction: str):
         super().__init__()
         self.prediction = prediction
+        self.span = (0.0, 1.0)  # the part of the schedule that times cover
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
 
     @classmethod
@@ -72,14 +73,20 @@ class DiscreteSchedule(nn.Module):
         return {
             "noise schedule": tensors_key({"alphas_cumprod": self.alphas_cumprod}),
             "prediction": self.prediction,
+            "timestep range": "{:g} to {:g}".format(*self.span),
         }
+
+    def share(self, time: Tensor) -> Tensor:
+        """How much of the schedule is gone through at a time in [0, 1)."""
+        low, high = self.span
+        return low + (high - low) * time
 
     def add_noise(self, latents: Tensor, noise: Tensor, time: Tensor) -> Noised:
         """Latents (batch, k, C, H, W) with noise (batch, C, H, W) at time (batch,) in [0, 1)."""
         if time.dtype in (torch.float16, torch.bfloat16):
             raise InputError(f"times came in {time.dtype}, too coarse for timesteps: leave inputs in float32")
         steps = self.alphas_cumprod.shape[0]
-        timestep = (time * steps).long().clamp(max=steps - 1)
+        timestep = (self.share(time) * steps).long().clamp(max=steps - 1)
         alpha = self.alphas_cumprod[timestep].view(-1, 1, 1, 1, 1)
         a, s = alpha.sqrt(), (1 - alpha).sqrt()
         noise, latents = noise[:, None].float().expand_as(latents), latents.float()

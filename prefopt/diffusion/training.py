@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def train(
         config,
         score=DenoisingScore(predict_clean="clean" in objective.needs),
         objective=objective,
-        metrics=denoising_metrics,
+        metrics=partial(denoising_metrics, schedule=denoiser.schedule),
         train_dataset=examples,
         reference_model=frozen_copy(denoiser) if frozen else None,
         about=about(denoiser.schedule.prediction),
@@ -71,7 +72,8 @@ def prepare(config: DiffusionConfig, table: Table) -> tuple[Denoiser, EncodedCan
     pipeline = load_pipeline(config.model_name_or_path, revision=config.model_revision, dtype=dtype)
     if dtype == torch.float16:
         pipeline.vae.float()  # SDXL's VAE overflows in float16
-    denoiser = Denoiser(pipeline)
+    low, high = config.timestep_range
+    denoiser = Denoiser(pipeline, timestep_range=(low, high))
     family, network = denoiser.family, denoiser.network
     resolution = config.resolution or network.config["sample_size"] * pipeline.vae_scale_factor
     if resolution % pipeline.vae_scale_factor:

@@ -88,7 +88,7 @@ def terminal_table(summary: dict) -> Table:
 
 
 def best_lines(summary: dict) -> list[str]:
-    """Each system against the first, each at its best, a line per metric; none without a sweep."""
+    """Every two systems, each at its best, a line per metric; none without a sweep."""
     if not summary["best"]:
         return []
     lines = [
@@ -119,7 +119,10 @@ def _shown(summary: Mapping) -> list[str]:
 
 def _figures(summary: Mapping, runs: Sequence[Path]) -> list[figures.Chart]:
     headline = _headline(summary)
-    contrasts = summary["best"]["contrasts"] if summary["best"] else summary["contrasts"]
+    contrasts = summary["contrasts"]
+    if summary["best"]:
+        first = next(iter(summary["best"]["chosen"]))
+        contrasts = [each for each in summary["best"]["contrasts"] if each["against"] == first]
     charts = [figures.win_bars(contrasts, metric, told["title"]) for metric, told in headline.items()]
     for contrasts in _scale_sweeps(summary):
         scales = [summary["systems"][contrast["system"]]["scale"] for contrast in contrasts]

@@ -85,6 +85,30 @@ def paired_bootstrap(
     return Difference(float(differences.mean()), float(low), float(high), level, count)
 
 
+def pairwise_accuracy(
+    scores: Sequence[float] | np.ndarray,
+    right: Sequence[bool] | np.ndarray,
+    groups: Sequence | np.ndarray,
+    level: float = LEVEL,
+) -> tuple[Difference, int] | None:
+    """How often, of a right and a wrong row of one group, the right one has the higher score; a tie is half.
+
+    The share in 0..1, with an interval that resamples groups (prompts), and the number of such pairs; None if
+    fewer than two groups have one.
+    """
+    scores, right = np.asarray(scores, dtype=np.float64), np.asarray(right, dtype=bool)
+    agree, of_group = [], []
+    for name in dict.fromkeys(groups):
+        rows = np.asarray([group == name for group in groups])
+        gaps = np.subtract.outer(scores[rows & right], scores[rows & ~right]).ravel()
+        agree.append((np.sign(gaps) + 1) / 2)
+        of_group += [name] * len(gaps)
+    if len(set(of_group)) < 2:
+        return None
+    rates = np.concatenate(agree)
+    return paired_bootstrap(rates, np.zeros_like(rates), of_group, level=level), len(rates)
+
+
 def win_rate(
     a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, tie: float = 0.01, level: float = LEVEL
 ) -> WinRate:

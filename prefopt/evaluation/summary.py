@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def summarise(
     with these seeds.
 
     `contrasts` compare each system with the first family's variant of the same settings, or with the first
-    system. `best` compares the families, each at the variant that is best on other prompts.
+    system. `best` compares every two families, each at the variant that is best on other prompts.
     """
     names = list(systems)
     table = {name: [row for row in rows if row["system"] == name] for name in names}
@@ -93,7 +94,7 @@ def _best(
     tie: float,
     metrics: Mapping[str, Mapping[str, Any]],
 ) -> dict | None:
-    """The families, each at its best, against the first; None if none has several variants.
+    """Every two families, each at its best, those against the first first; None if none has several variants.
 
     What is best is chosen by the ground truth, where there is one, on other prompts than those of the row.
     """
@@ -117,7 +118,6 @@ def _best(
             metric: np.stack([scores[name][metric] for name in variants])[places, np.arange(len(prompts))]
             for metric in metrics
         }
-    first, *others = families
     return {
         "chosen_by": by,
         "chosen": chosen,  # family -> its variants, with the share of rows at which each was chosen
@@ -125,10 +125,10 @@ def _best(
         "contrasts": [
             {
                 "system": family,
-                "against": first,
-                "metrics": _contrasts(at_best[family], at_best[first], prompts, tie, metrics),
+                "against": against,
+                "metrics": _contrasts(at_best[family], at_best[against], prompts, tie, metrics),
             }
-            for family in others
+            for against, family in combinations(families, 2)
         ],
     }
 

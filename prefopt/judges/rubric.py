@@ -9,7 +9,7 @@ images is what it has to say, and tanh is flat where its rewards lie (judges/rew
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from math import tanh
 from pathlib import Path
@@ -92,6 +92,18 @@ class Rubric:
             path.stem, tuple(_item(entry, f"{path}, question {i + 1}") for i, entry in enumerate(entries))
         )
 
+    def weighed(self, weights: Sequence[str]) -> Self:
+        """The rubric with other weights, as `whole_prompt=4`; InputError for what it has no question of."""
+        given = dict(text.partition("=")[::2] for text in weights)
+        names = [item.name for item in self.items]
+        if unknown := [name for name in given if name not in names]:
+            raise InputError(
+                f"{unknown[0]!r} is no question of the rubric {self.name}: they are {', '.join(names)}"
+            )
+        weighed = {name: _weight(_number(text), f"{name}={text}") for name, text in given.items()}
+        items = (replace(item, weight=weighed.get(item.name, item.weight)) for item in self.items)
+        return type(self)(self.name, tuple(items))
+
     def questions(self, class_name: str, prompt: str) -> tuple[Question, ...]:
         """The judge's questions about an image of this class, made for this prompt."""
         return tuple(
@@ -172,12 +184,23 @@ def _item(entry: Any, where: str) -> Item:
         raise InputError(f"{where} ({name}): the check is {check!r}; it is {', '.join(get_args(Check))}")
     if entry.get("polarity") not in get_args(Polarity):
         raise InputError(f"{where} ({name}): polarity is {entry.get('polarity')!r}; positive or negative")
-    weight, needs = entry.get("weight", 1.0), entry.get("needs", [])
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e6:
-        raise InputError(f"{where} ({name}): the weight is {weight!r}; it is a number above 0")
+    weight, needs = _weight(entry.get("weight", 1.0), f"{where} ({name})"), entry.get("needs", [])
     if not isinstance(needs, list) or not all(isinstance(need, str) for need in needs):
         raise InputError(f"{where} ({name}): needs is {needs!r}; it is a list of names")
     soft = entry.get("soft", "tanh")
     if soft not in get_args(Soft) or (check and soft != "tanh"):
         raise InputError(f"{where} ({name}): soft is {soft!r}; it is tanh, or for a text also log_odds")
-    return Item(name, entry["polarity"], text, check, float(weight), tuple(needs), soft)
+    return Item(name, entry["polarity"], text, check, weight, tuple(needs), soft)
+
+
+def _weight(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise InputError(f"{where}: the weight is {value!r}; it is a number above 0")
+    return float(value)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

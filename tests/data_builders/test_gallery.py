@@ -151,7 +151,7 @@ class Tree(HTMLParser):
 
 
 def written(folder, groups, **options):
-    options = {"title": "Two classes", "facts": {"judge": "pocket"}} | options
+    options = {"facts": {"judge": "pocket"}} | options
     page = write_gallery(folder, groups, **options).read_text()
     return page, Tree(page).root
 
@@ -294,10 +294,10 @@ def test_nothing_in_a_record_is_run_as_html(tmp_path):
     row |= {"prompt": evil, "class": evil, "model": evil, "adapter": evil, "verdicts": [evil, "yes"]}
     row |= {"questions": [evil, "x"], "boxes": [box(evil, 0.5, 1, 1, 9, 9)]}
     other = candidate(held_out_scenes()[1], 0)
-    page, root = written(tmp_path, [[row], [other]], title=evil, facts={evil: evil})
+    page, root = written(tmp_path, [[row], [other]], facts={evil: evil})
     assert evil not in page and page.count("<script") == page.count("</script") == 1
     assert page.count("&#34;&gt;&lt;script&gt;alert(1)&lt;/script&gt;") >= 14
-    assert next(root.all("h1")).text == evil and next(root.all("box")).text == f"{evil} 0.50"
+    assert evil in next(root.all("h1")).text and next(root.all("box")).text == f"{evil} 0.50"
     assert next(root.all("prompt")).attributes["data-class"] == evil
 
 

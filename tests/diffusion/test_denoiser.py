@@ -21,6 +21,7 @@ from prefopt.diffusion.denoiser import Denoiser, denoising_metrics
 from prefopt.diffusion.generator import ADAPTER_FILE, Generator
 from prefopt.diffusion.lora import add_lora, set_adapter_scale, start_from_lora
 from prefopt.diffusion.sampling import load_generator, load_pipeline
+from prefopt.diffusion.schedule import DiscreteSchedule
 from prefopt.errors import InputError
 
 STEPS = 1000
@@ -308,7 +309,8 @@ def test_training_on_from_an_adapter_starts_as_that_adapter(stable_diffusion, tm
 def test_errors_by_quartile_of_the_schedule():
     policy = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0], [-7.0, -8.0]])
     batch = {"time": torch.tensor([0.0, 0.24, 0.5, 0.99])}
-    metrics = denoising_metrics(batch, policy)
+    schedule = DiscreteSchedule(torch.linspace(1, 0, 1000), "epsilon")
+    metrics = denoising_metrics(batch, policy, schedule)
     means = {name: (v * w).sum().item() / w.sum().item() for name, (v, w) in metrics.items() if w.any()}
     assert means == {
         "error/chosen": 4.0,
@@ -320,6 +322,22 @@ def test_errors_by_quartile_of_the_schedule():
         "error/rejected/q3": 6.0,
         "error/rejected/q4": 8.0,
     }
-    single = denoising_metrics(batch, policy[:, :1])
+    single = denoising_metrics(batch, policy[:, :1], schedule)
     assert not any("rejected" in name for name in single)
     assert math.isclose(single["error/chosen"][0].mean(), 4)
+    schedule.span = (0.5, 1.0)
+    assert {"error/chosen/q3", "error/chosen/q4"} == {
+        name
+        for name, (_, weight) in denoising_metrics(batch, policy[:, :1], schedule).items()
+        if "/q" in name and weight.any()
+    }
+
+
+def test_times_cover_the_timestep_range_alone(stable_diffusion):
+    whole, part = (
+        Denoiser(load_pipeline(stable_diffusion), timestep_range=ends) for ends in ((0.0, 1.0), (0.5, 1.0))
+    )
+    latents, noise, time = torch.zeros(3, 1, 4, 2, 2), torch.zeros(3, 4, 2, 2), torch.tensor([0, 0.5, 0.999])
+    assert whole.schedule.add_noise(latents, noise, time).timestep.tolist() == [0, 500, 999]
+    assert part.schedule.add_noise(latents, noise, time).timestep.tolist() == [500, 750, 999]
+    assert whole.identity != part.identity, "kept scores of the one are none of the other"

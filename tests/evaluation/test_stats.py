@@ -7,7 +7,15 @@ import pytest
 from scipy import stats as reference
 
 from prefopt.errors import InputError
-from prefopt.evaluation.stats import best_elsewhere, holm, p_value, paired_bootstrap, rows_for_power, win_rate
+from prefopt.evaluation.stats import (
+    best_elsewhere,
+    holm,
+    p_value,
+    paired_bootstrap,
+    pairwise_accuracy,
+    rows_for_power,
+    win_rate,
+)
 
 
 def test_win_rate_by_hand():
@@ -160,3 +168,22 @@ def test_p_values_and_their_correction():
     # Sorted .01, .02, .03, .04 times 4, 3, 2, 1, never falling.
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_pairwise_accuracy_by_hand():
+    scores = [3, 2, 1, 5, 5, 9, 0, 7]
+    right = [True, False, True, True, False, True, True, True]
+    groups = ["a", "a", "a", "b", "b", "b", "c", "c"]
+    # a: 3 over 2, 1 under 2; b: a tie, 9 over 5; c has nothing wrong; no pair goes across groups
+    found, number = pairwise_accuracy(scores, right, groups)
+    assert number == 4 and found.mean == pytest.approx((1 + 0 + 0.5 + 1) / 4) and found.groups == 2
+    assert found.low == pytest.approx(0.5) and found.high == pytest.approx(0.75), "prompts are resampled"
+    assert pairwise_accuracy(scores, [True] * 8, groups) is None
+
+
+def test_pairwise_accuracy_of_a_coin_and_of_the_truth():
+    chance = np.random.default_rng(0)
+    right, groups = chance.random(800) < 0.5, np.repeat(np.arange(80), 10)
+    coin, _ = pairwise_accuracy(chance.random(800), right, groups)
+    truth, _ = pairwise_accuracy(right + 0.1 * chance.random(800), right, groups)
+    assert coin.low < 0.5 < coin.high and truth.mean == truth.low == 1

@@ -365,6 +365,17 @@ def test_a_gain_at_each_ones_best_is_one_and_its_parts_are_corrected():
     assert [c["against"] for c in summary["contrasts"]] == ["base, guidance 2", "base, guidance 4"]
 
 
+def test_every_two_families_are_compared_each_at_its_best():
+    summary = swept({"base": {2: 0.4, 4: 0.5}, "sft": {2: 0.6, 4: 0.5}, "dpo": {2: 0.6, 4: 0.9}})
+    contrasts = summary["best"]["contrasts"]
+    assert [(c["system"], c["against"]) for c in contrasts] == [
+        ("sft", "base"),
+        ("dpo", "base"),
+        ("dpo", "sft"),
+    ]
+    assert contrasts[2]["metrics"]["oracle/all"]["difference"]["mean"] == pytest.approx(0.3, abs=0.05)
+
+
 def test_few_prompts_claim_nothing():
     summary = swept({"base": {2: 0.1}, "dpo": {2: 0.9}}, prompts=19)
     assert summary["best"] is None

@@ -116,6 +116,28 @@ def test_weights_scale_points(tmp_path):
     assert Rubric.load(str(file)).points({"a": NO}) == {"a": 2.5}
 
 
+def test_a_rubric_is_weighed_anew():
+    weighed = RUBRIC.weighed(["whole_prompt=4", "anatomy=0.5"])
+    answers = dict.fromkeys(NAMES, YES)
+    assert weighed.points(answers) == RUBRIC.points(answers) | {"whole_prompt": 4, "anatomy": 0.5}
+    assert RUBRIC.weighed([]) == RUBRIC and weighed.questions("lion", "a") == RUBRIC.questions("lion", "a")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("mood=2", "'mood' is no question of the rubric class_conditional: they are realistic"),
+        ("anatomy", "anatomy=: the weight is ''"),
+        ("anatomy=much", "anatomy=much: the weight is 'much'; it is a number above 0"),
+        ("anatomy=0", "anatomy=0: the weight is 0.0"),
+        ("anatomy=nan", "anatomy=nan: the weight is nan"),
+    ],
+)
+def test_weights_that_cannot_be_are_named(text, said):
+    with pytest.raises(InputError, match=said):
+        RUBRIC.weighed([text])
+
+
 def test_questions_name_class_and_prompt(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text("- {name: a, text: 'Is {class} in {prompt}? {other}', polarity: positive}\n")

@@ -1,6 +1,8 @@
 """The self-rewarding builder launched by path on the pocket: LLM, text-to-image model, judge, detector."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,6 +11,7 @@ import tiny
 from builds import build_of, contents
 from launching import Launch, launch, torchrun
 
+from prefopt.evaluation import words
 from prefopt.pocket import world
 from prefopt.store import Ledger
 
@@ -49,6 +52,37 @@ def test_the_pocket_writes_generates_judges_and_detects(whole):
     assert chosen and all(row["confidence"] >= 0.6 for row in chosen)
     held_out = (whole / "held_out_prompts.txt").read_text().splitlines()
     assert len(held_out) == 2 and not set(held_out) & {row["prompt"] for row in rows}
+
+
+def test_other_weights_ask_nothing(whole):
+    folder = whole.with_name("weighed")
+    shutil.copytree(whole, folder)
+    built(folder, question_weights=["whole_prompt=4"])
+    build = build_of(folder)
+    assert not any(build["run"]["calls"].values()) and build["figures"]["highest_possible"] == 13
+    assert "(whole_prompt=4)" in (folder / "README.md").read_text()
+
+
+def test_a_study_prints_the_judge_s_worth_and_shows_it_in_the_gallery(whole, capsys, monkeypatch):
+    import pairs
+
+    folder = shutil.copytree(whole, whole.with_name("studied"))
+    judged = pairs.Judged(folder)
+    rows = pq.read_table(folder / "candidates").to_pylist()
+    assert [sum(judged.points(row).values()) for row in judged.candidates] == pytest.approx(
+        [row["soft_score"] for row in rows], abs=1e-4
+    ), "the soft score is made of these points"
+    assert sum(judged.shares().values()) == pytest.approx(1)
+    assert sum(judged.differences().values()) == len(judged.pairs)
+    agrees = judged.agreement("all")
+    assert agrees["comparisons"] > 4 and agrees["low"] <= agrees["rate"] <= agrees["high"]
+    before = (folder / "gallery.html").read_text()
+    monkeypatch.setattr(sys, "argv", ["pairs.py", str(folder)])
+    pairs.main()
+    assert words.percent(agrees["rate"]) in capsys.readouterr().out
+    page = (folder / "gallery.html").read_text()
+    assert "agrees with the oracle" in page and "agrees with the oracle" not in before
+    assert page.count("<img") == before.count("<img")
 
 
 def test_two_processes_make_the_identical_dataset(whole):

@@ -84,6 +84,22 @@ def test_every_step_is_a_script_with_a_readable_preset(rounds, tmp_path):
         assert yaml.safe_load(Path(option(command, "config")[0]).read_text())
 
 
+def test_candidates_of_another_sampler_than_the_comparison_s_are_named(rounds, tmp_path):
+    files = {name: tmp_path / f"{name}.yaml" for name in ("build", "compare")}
+
+    def said(build, compare):
+        for name, options in (("build", build), ("compare", compare)):
+            files[name].write_text(yaml.safe_dump(options))
+        return rounds.other_sampler(
+            rounds.RoundsConfig(**{**OPTIONS, **{n: str(f) for n, f in files.items()}})
+        )
+
+    assert said({"guidance_scale": 2.0}, {"guidance_scales": [2, 3]}) == said({}, {}) == ""
+    assert "at --guidance_scale 2, and" in said({"guidance_scale": 2.0}, {"guidance_scales": [3, 4.5]})
+    assert "compares at 3:" in said({"guidance_scale": 2.0}, {})
+    assert "at --num_inference_steps 4, and" in said({"num_inference_steps": 4}, {"num_inference_steps": 20})
+
+
 def test_a_step_that_ended_well_is_not_repeated_unless_it_changes(rounds, tmp_path, monkeypatch, capfd):
     script, log = tmp_path / "script.py", tmp_path / "log"
     script.write_text(
