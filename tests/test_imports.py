@@ -91,10 +91,9 @@ def test_the_two_wings_do_not_know_each_other():
 
 def test_only_evaluation_asks_the_oracle():
     asking = {relative(path) for path in FILES if below(imported(path), "prefopt.pocket.oracle")}
+    rooms = ("prefopt/evaluation/", "scripts/pocket/", "scripts/studies/")
     assert asking
-    assert all(
-        path.startswith(("prefopt/evaluation/", "scripts/pocket/", "scripts/studies/")) for path in asking
-    ), asking
+    assert all(path.startswith(rooms) for path in asking), asking
 
 
 @pytest.mark.parametrize(

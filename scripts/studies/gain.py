@@ -55,10 +55,18 @@ TRIALS = {
     "asked_1": Trial("the whole prompt counts as any question", {"question_weights": ["whole_prompt=1"]}),
     "asked_8": Trial("the whole prompt counts eight times", {"question_weights": ["whole_prompt=8"]}),
     "prompts_80": Trial(
-        "and twice the prompts, of half the candidates each",
+        "as asked_8; twice the prompts, half the candidates of each",
         {"question_weights": ["whole_prompt=8"], "prompts_per_class": 80, "candidates": 5},
     ),
-    "asked_8_steps_500": Trial("both", {"question_weights": ["whole_prompt=8"]}, training={"max_steps": 500}),
+    "steps_500": Trial("twice the steps", training={"max_steps": 500}),
+    "asked_8_steps_500": Trial(
+        "as asked_8; twice the steps", {"question_weights": ["whole_prompt=8"]}, training={"max_steps": 500}
+    ),
+    "asked_8_cosine": Trial(
+        "as asked_8; a learning rate that falls to 0",
+        {"question_weights": ["whole_prompt=8"]},
+        training={"lr_scheduler_type": "cosine"},
+    ),
     "best_worst": Trial("one pair a prompt", {"pair_rule": "best_worst"}),
     "all_pairs": Trial("every pair, not the four of widest margin", {"max_pairs_per_prompt": 45}),
     "rank_4": Trial("a smaller adapter", training={"lora_r": 4, "lora_alpha": 4}),
@@ -68,7 +76,6 @@ TRIALS = {
     "rate_half": Trial("half the learning rate", training={"learning_rate": 2.5e-4}),
     "rate_double": Trial("twice the learning rate", training={"learning_rate": 1e-3}),
     "steps_125": Trial("half the steps", training={"max_steps": 125}),
-    "steps_500": Trial("twice the steps", training={"max_steps": 500}),
     "high_noise": Trial("the noisier half of times alone", training={"timestep_range": [0.5, 1.0]}),
     "scale_0.7": Trial("the adapter at 0.7", scale=0.7),
     "sft": Trial("imitation of the selected images", recipe="diffusion_sft"),
