@@ -124,7 +124,7 @@ def main(config: CompareConfig) -> None:
     """Generate, score, compare and write the report."""
     from rich.console import Console
 
-    from data_builders.prompts.reading import held_out_captions, lines
+    from data_builders.prompts.reading import held_out_captions, lines, scenes_of
     from prefopt.evaluation.report import best_lines, terminal_table, write_report
     from prefopt.evaluation.scorers import clip_scorer, oracle_scorer
     from prefopt.evaluation.text_to_image import compare, processes
@@ -139,14 +139,15 @@ def main(config: CompareConfig) -> None:
     scorers = [clip_scorer(str(config.clip_model_name_or_path), device=device)]
     if config.oracle == "on" or (config.oracle == "auto" and is_pocket):
         scorers.append(oracle_scorer(device))
-    families = config.families
+    families, used = config.families, prompts[: config.num_prompts]
     summary = compare(
         {label: generator for variants in families.values() for label, generator in variants.items()},
-        prompts[: config.num_prompts],
+        used,
         range(config.seed, config.seed + config.num_seeds),
         scorers,
         config.output_dir,
         families={label: name for name, variants in families.items() for label in variants},
+        groups=scenes_of(used) if is_pocket else None,
         tie=config.tie,
         device=device,
         batch_size=config.batch_size,

@@ -94,17 +94,28 @@ def other_sampler(config: RoundsConfig) -> str:
 
     What a model prefers at one guidance says little of its images at another.
     """
-    build, compare = (yaml.safe_load(Path(str(f)).read_text()) or {} for f in (config.build, config.compare))
-    defaults = GenerationOptions()
-    for name in ("num_inference_steps", "guidance_scale"):
-        made = build.get(name, getattr(defaults, name))
-        compared = compare.get(f"{name}s") or [compare.get(name, getattr(defaults, name))]
-        if made not in compared:
-            return (
+    build, compare = _options(config.build), _options(config.compare)
+    if build.get("sources"):
+        return ""  # each has a sampler of its own
+    said, defaults = [], GenerationOptions()
+    for name, swept in (("num_inference_steps", None), ("guidance_scale", "guidance_scales")):
+        made = float(build.get(name, getattr(defaults, name)))
+        compared = compare.get(swept) or [compare.get(name, getattr(defaults, name))]
+        if made not in [float(value) for value in compared]:
+            said.append(
                 f"{config.build} generates candidates at --{name} {made:g}, and {config.compare} compares at "
-                f"{', '.join(f'{value:g}' for value in compared)}: gains may not carry over; name the same"
+                f"{', '.join(f'{float(value):g}' for value in compared)}"
             )
-    return ""
+    return "; ".join(said) + ": gains may not carry over; name the same" if said else ""
+
+
+def _options(file: str | None) -> dict:
+    """What a YAML file says; the step that reads it says what is wrong with it."""
+    try:
+        options = yaml.safe_load(Path(str(file)).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return options if isinstance(options, dict) else {}
 
 
 def round_steps(

@@ -36,6 +36,7 @@ class Shown:
     total: int = 0
     candidates: int = 0
     selected: int = 0  # prompts with a selected image
+    classes: set[str] = field(default_factory=set)  # of the whole build
 
 
 def write_gallery(
@@ -54,15 +55,14 @@ def write_gallery(
     """
     shown = _shown(groups, limit, thumbnail)
     candidates = [candidate for prompt in shown.prompts for candidate in prompt["candidates"]]
-    classes = Counter(prompt["class"] for prompt in shown.prompts if prompt["class"])
     environment = page_templates(Path(__file__).parent)
     environment.filters["sha256"] = _sha256
     page = environment.get_template("gallery.html.jinja").render(
-        title=": ".join(filter(None, ["Candidates", ", ".join(sorted(classes))])),
+        title=": ".join(filter(None, ["Candidates", ", ".join(sorted(shown.classes))])),
         facts=facts,
         shown=shown,
         questions=_questions(candidates),
-        classes=classes,
+        classes=Counter(prompt["class"] for prompt in shown.prompts if prompt["class"]),
         reasons=Counter(c["reason"] for c in candidates if c["reason"]).most_common(),
     )
     path = output / "gallery.html"
@@ -89,6 +89,7 @@ def _shown(groups: Iterable[list[Record]], limit: int, thumbnail: int) -> Shown:
     heap: list[tuple[int, int, Record]] = []  # the largest hash on top; the place decides between equals
     for place, group in enumerate(groups):
         found.total += 1
+        found.classes |= {group[0]["class"]} - {None, ""}
         found.candidates += len(group)
         found.selected += any(record["selected"] for record in group)
         key = (-int(group[0]["prompt_id"][:16], 16), -place)

@@ -15,7 +15,7 @@ from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.pocket import NAME as POCKET
 from prefopt.pocket.drawing import ANIMALS
-from prefopt.pocket.world import PHRASINGS, caption, held_out_scenes, train_scenes
+from prefopt.pocket.world import PHRASINGS, caption, held_out_scenes, parse, train_scenes
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,11 @@ def held_out_captions(animals: Sequence[str] | None = None) -> list[str]:
         raise InputError(f"--classes {unknown[0]} is no animal of the pocket: {', '.join(ANIMALS)}")
     scenes = [scene for scene in held_out_scenes() if animals is None or scene.animal in animals]
     return [caption(scene, i + turn) for turn in range(PHRASINGS) for i, scene in enumerate(scenes)]
+
+
+def scenes_of(captions: Iterable[str]) -> dict[str, str]:
+    """The first caption of each caption's scene: what it asks for, in whichever words."""
+    return {text: caption(parse(text), 0) for text in captions}
 
 
 def identify(prompts: Iterable[str]) -> Iterator[Record]:

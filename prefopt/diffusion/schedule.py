@@ -70,10 +70,11 @@ class DiscreteSchedule(nn.Module):
     @property
     def identity(self) -> dict[str, str]:
         """What a score depends on here."""
+        whole = self.span == (0.0, 1.0)
         return {
             "noise schedule": tensors_key({"alphas_cumprod": self.alphas_cumprod}),
             "prediction": self.prediction,
-            "timestep range": "{:g} to {:g}".format(*self.span),
+            **({} if whole else {"timestep range": "{} to {}".format(*self.span)}),
         }
 
     def share(self, time: Tensor) -> Tensor:

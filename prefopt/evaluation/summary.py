@@ -25,11 +25,13 @@ def summarise(
     systems: Mapping[str, Mapping],
     metrics: Mapping[str, Mapping[str, Any]],
     tie: float,
+    groups: Mapping[str, str] | None = None,
 ) -> dict:
     """The content of summary.json.
 
     `rows` are results.jsonl's (system, prompt, seed, scores); every system holds the same (prompt, seed) in
-    the same order. `systems` says of each its settings, and of which `family` it is a variant: the same
+    the same order. `groups` names of each prompt what it asks for, where several ask for the same: together
+    they are one witness. `systems` says of each its settings, and of which `family` it is a variant: the same
     weights at another guidance or LoRA scale. `metrics` says of each metric its title, its kind (score,
     proportion, loss) and whether it is a headline. Intervals resample prompts; power counts prompts, each
     with these seeds.
@@ -39,7 +41,8 @@ def summarise(
     """
     names = list(systems)
     table = {name: [row for row in rows if row["system"] == name] for name in names}
-    prompts = [row["prompt"] for row in table[names[0]]]
+    texts = [row["prompt"] for row in table[names[0]]]
+    prompts = [(groups or {}).get(text, text) for text in texts]
     scores = {
         name: {
             metric: np.array([row["scores"][metric] for row in table[name]], dtype=np.float64)
@@ -54,7 +57,8 @@ def summarise(
             "tie": tie,
             "power": POWER,
         },
-        "prompts": len(set(prompts)),
+        "prompts": len(set(texts)),
+        "groups": len(set(prompts)),  # that are resampled
         "seeds": sorted({row["seed"] for row in rows}),
         "metrics": {metric: dict(told) for metric, told in metrics.items()},
         "systems": {

@@ -50,6 +50,7 @@ def compare(
     output_dir: str | Path,
     *,
     families: Mapping[str, str] | None = None,
+    groups: Mapping[str, str] | None = None,
     tie: float = 0.01,
     device: str | torch.device | None = None,
     batch_size: int = 8,
@@ -58,7 +59,8 @@ def compare(
 
     Returns the summary, in which the systems are compared with the first. `families` names of each system
     what it is a variant of, at another guidance or scale; the families are then also compared each at its
-    best. Raises InputError for fewer than two systems or prompts, or repeated ones.
+    best. `groups` names of each prompt what it asks for, where several ask for the same. Raises InputError
+    for fewer than two systems or prompts, or repeated ones.
     """
     _check(systems, prompts, seeds, scorers)
     state = processes()
@@ -88,7 +90,7 @@ def compare(
         name: _described(name, generator, weights[name]) | {"family": (families or {}).get(name, name)}
         for name, generator in systems.items()
     }
-    summary = summarise(rows, described, metrics, tie)
+    summary = summarise(rows, described, metrics, tie, groups)
     if state.is_main_process:
         with reporting_write_errors(folder):
             write_atomically(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

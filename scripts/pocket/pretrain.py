@@ -6,9 +6,9 @@ figures. The order of `all` is the order of need: every part copies pictures thr
 measures the text-to-image model.
 
 What you should see on two free cores: under two hours in all; held-out pictures come through the VAE at 27 dB
-or more; oracle and CLIP are right on 98 and 95 % or more; the text-to-image model draws what was asked half
-of the time, under whatever guidance; the LLaVA answers 95 % of the rubric's questions about held-out pictures
-rightly.
+or more; oracle and CLIP are right on 98 and 95 % or more; the text-to-image model draws what was asked less
+than half of the time at its own guidance, and half of it under any more; the LLaVA answers 95 % of the
+rubric's questions about held-out pictures rightly.
 """
 
 import argparse

@@ -1,13 +1,14 @@
 """What decides whether Diffusion-DPO gains anything on the pocket: one setting after the other is changed.
 
-    python scripts/studies/gain.py                     # hours on two cores; goes on where it stopped
-    python scripts/studies/gain.py --only base rank_4  # some of the trials
+    python scripts/studies/gain.py                      # hours on two cores; goes on where it stopped
+    python scripts/studies/gain.py --only first rank_4  # some of the trials
 
 A trial is a build of candidates, Diffusion-DPO on its pairs, and a comparison with the base, each at its best
 guidance, best being chosen on other prompts. `TRIALS` says what each changes of the first, which has the
-settings BUILD and TRAINING and else those of recipes/configs. They are measured on captions of training
-scenes that no build had, with seeds of their own: the held-out scenes of the demo and the README take no part
-in choosing. Writes docs/gain.md.
+settings BUILD and TRAINING and else those of recipes/configs. They are measured on training scenes, in other
+words than the builds had and with seeds of their own: the held-out scenes of the demo and the README take no
+part in choosing. Writes docs/gain.md, of all trials that are in --work. What is there is trusted: empty it
+after a change of the settings or the code.
 """
 
 import argparse
@@ -35,6 +36,7 @@ PROMPTS, SEEDS, FIRST_SEED = 60, 2, 1000
 BUILD = {"guidance_scale": 3.0, "question_weights": ["whole_prompt=4"], "pair_rule": "all"}
 BUILD |= {"max_pairs_per_prompt": 4}
 TRAINING = {"lora_r": 16, "lora_alpha": 16, "learning_rate": 5e-4, "max_steps": 250}
+DPO = {"beta_dpo": 2000}
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Study:
             kind = trial.recipe.removeprefix("diffusion_")
             table = build / ("sft" if kind == "sft" else "pairs")
             options = TRAINING | {"dataset_name": table, "output_dir": folder, "save_strategy": "no"}
-            options |= ({} if kind == "sft" else {"beta_dpo": 2000}) | trial.training
+            options |= ({} if kind == "sft" else DPO) | trial.training
             self._call(f"recipes/{trial.recipe}.py", CONFIGS / f"self_rewarding_{kind}_pocket.yaml", options)
             (folder / "done").touch()
         return folder
@@ -142,7 +144,7 @@ class Study:
         return json.loads(kept.read_text(encoding="utf-8"))
 
     def _prompts(self) -> Path:
-        """Captions of training scenes of the classes that no build has."""
+        """Captions of training scenes of the classes that no build has; the scenes they may have."""
         path = self.folder / "prompts.txt"
         if not path.exists():
             # All builds of as many prompts have the same ones.
@@ -158,14 +160,14 @@ class Study:
         return self.folder / "-".join([kind, *changes])
 
     def _call(self, script: str, config: Path, options: dict[str, Any]) -> None:
-        words = [sys.executable, str(ROOT / script), "--config", str(config)]
+        command = [sys.executable, str(ROOT / script), "--config", str(config)]
         for name, value in options.items():
             if value is False:
-                words.append(f"--no_{name}")
+                command.append(f"--no_{name}")
             else:
                 values = value if isinstance(value, list | tuple) else [value]
-                words += [f"--{name}", *map(str, values)]
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+                command += [f"--{name}", *map(str, values)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def row(name: str, trial: Trial, summary: dict) -> str:
@@ -203,12 +205,13 @@ def judged_rows(name: str, judged: Judged) -> list[str]:
 PAGE = """# What decides whether Diffusion-DPO gains anything
 
 Written by `python scripts/studies/gain.py` on the pocket, {versions}. Each trial changes one thing of the
-first, which has the options {first}.
+first, which has the options {first}; those "as asked_8" change one thing of that.
 
-{images} images a system and guidance ({guidance}), of captions of training scenes that no build had, by the
-oracle. Differences are in points, to the base at its best guidance, each system at its own, chosen on other
-prompts; in parentheses 95 % intervals; * is a change of an attribute beyond chance (p < 0.05 after Holm).
-With {trials} trials a few points between two of them are chance.
+{images} images a system and guidance ({guidance}), of training scenes in other words than the builds had, by
+the oracle: it serves to choose settings, and says too much about new scenes. Differences are in points, to
+the base at its best guidance, each system at its own, chosen on other prompts; in parentheses 95 % intervals;
+* is a change of an attribute with p < 0.05 after Holm's correction for the four. With {trials} trials, a few
+points between two of them and a star or two are chance.
 
 | trial | why | all right | against the base, each at its best | both at guidance {equal} | {attributes} |
 |---|---|---|---|---|{dashes}|
@@ -238,11 +241,13 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     study, rows, judged = Study(options.work), [], []
-    builds: dict[Path, str] = {}
     for name in options.only:
-        rows.append(row(name, TRIALS[name], study.run(name, TRIALS[name])))
-        print(rows[-1], flush=True)
-        builds.setdefault(study.build(TRIALS[name]), name)
+        print(row(name, TRIALS[name], study.run(name, TRIALS[name])), flush=True)
+    builds: dict[Path, str] = {}
+    for name, trial in TRIALS.items():
+        if (options.work / f"{name}.json").exists():
+            rows.append(row(name, trial, study.run(name, trial)))
+            builds.setdefault(study.build(trial), name)
     for build, name in builds.items():
         judged += judged_rows(name, Judged(build))
     first = Judged(study.build(TRIALS["first"]))
@@ -250,7 +255,7 @@ def main() -> None:
     (ROOT / "docs" / "gain.md").write_text(
         PAGE.format(
             versions=", ".join(f"{k} {v}" for k, v in versions().items()),
-            first=", ".join(f"`{name}: {value}`" for name, value in (BUILD | TRAINING).items()),
+            first=", ".join(f"`{name}: {value}`" for name, value in (BUILD | TRAINING | DPO).items()),
             images=PROMPTS * SEEDS,
             guidance=", ".join(f"{scale:g}" for scale in GUIDANCE),
             equal=f"{EQUAL:g}",

@@ -48,6 +48,8 @@ class Judged:
         self.prompts = [row["prompt"] for row in self.candidates]
         self.right = Oracle.load().correct(images, self.prompts)
         places = {(row["prompt_id"], row["seed"]): i for i, row in enumerate(self.candidates)}
+        if not _rows(build / "pairs"):
+            raise InputError(f"{build} holds no pairs: build it with --exports pairs")
         self.pairs = [
             (places[row["prompt_id"], row["chosen_seed"]], places[row["prompt_id"], row["rejected_seed"]])
             for row in _rows(build / "pairs")
@@ -79,7 +81,10 @@ class Judged:
     def points(self, row: dict) -> dict[str, float]:
         """The soft points of a candidate, by question."""
         answers, empty = (
-            {name: _answer(d) for name, d in zip(row["questions"], row[column], strict=True)}
+            {
+                name: _answer(d, other)
+                for name, d, other in zip(row["questions"], row[column], row["other_mass"], strict=True)
+            }
             for column in ("log_odds", "empty_log_odds")
         )
         return self.rubric.soft_points(answers, empty)
@@ -91,9 +96,8 @@ class Judged:
         )
 
 
-def _answer(log_odds: float) -> Answer:
-    yes = float(expit(log_odds))
-    return Answer({YES: yes, NO: 1 - yes})
+def _answer(log_odds: float, other_mass: float) -> Answer:
+    return Answer({YES: float(expit(log_odds)), NO: float(expit(-log_odds))}, other_mass)
 
 
 def _rows(folder: Path) -> list[dict]:
@@ -141,8 +145,11 @@ def main() -> None:
     parser.add_argument("build", type=Path, help="a builder's --output_dir")
     build = parser.parse_args().build
     if not (build / "BUILD.json").is_file():
-        raise InputError(f"{build} is no build: it holds no BUILD.json; name a builder's --output_dir")
-    judged = Judged(build)
+        parser.error(f"{build} is no build: it holds no BUILD.json; name a builder's --output_dir")
+    try:
+        judged = Judged(build)
+    except InputError as error:
+        parser.error(str(error))
     Console().print(*tables(judged), show_in_gallery(judged, build), sep="\n")
 
 

@@ -376,6 +376,29 @@ def test_every_two_families_are_compared_each_at_its_best():
     assert contrasts[2]["metrics"]["oracle/all"]["difference"]["mean"] == pytest.approx(0.3, abs=0.05)
 
 
+def test_prompts_that_ask_for_the_same_are_one_witness():
+    """Or an interval over two wordings of each scene is too narrow by up to the square root of 2."""
+    rng = np.random.default_rng(1)
+    settings = {"guidance_scale": 2, "dtype": "float32"}
+    systems = {n: {"name": n, "family": n, "settings": settings} for n in ("base", "dpo")}
+    gains = rng.integers(0, 2, 60)  # of a scene, however it is worded
+    prompts = [(f"scene {i}, wording {j}", i) for j in range(2) for i in range(60)]
+    rows = [
+        {"system": n, "prompt": text, "seed": 0, "scores": {"oracle/all": bool(n == "dpo" and gains[i])}}
+        for n in systems
+        for text, i in prompts
+    ]
+    metrics = {"oracle/all": TRUTH["oracle/all"]}
+    scenes = {text: f"scene {i}" for text, i in prompts}
+    widths = []
+    for groups in (None, scenes):
+        found = summarise(rows, systems, metrics, 0.0, groups)
+        gap = found["contrasts"][0]["metrics"]["oracle/all"]["difference"]
+        widths.append(gap["high"] - gap["low"])
+        assert found["prompts"] == 120 and found["groups"] == gap["groups"] == (60 if groups else 120)
+    assert widths[1] / widths[0] == pytest.approx(2**0.5, rel=0.1)
+
+
 def test_few_prompts_claim_nothing():
     summary = swept({"base": {2: 0.1}, "dpo": {2: 0.9}}, prompts=19)
     assert summary["best"] is None

@@ -127,7 +127,8 @@ def test_a_rubric_is_weighed_anew():
     ("text", "said"),
     [
         ("mood=2", "'mood' is no question of the rubric class_conditional: they are realistic"),
-        ("anatomy", "anatomy=: the weight is ''"),
+        ("anatomy", "question weights anatomy: write name=weight, each name once"),
+        ("anatomy=", "anatomy=: the weight is ''"),
         ("anatomy=much", "anatomy=much: the weight is 'much'; it is a number above 0"),
         ("anatomy=0", "anatomy=0: the weight is 0.0"),
         ("anatomy=nan", "anatomy=nan: the weight is nan"),

@@ -98,6 +98,11 @@ def test_candidates_of_another_sampler_than_the_comparison_s_are_named(rounds, t
     assert "at --guidance_scale 2, and" in said({"guidance_scale": 2.0}, {"guidance_scales": [3, 4.5]})
     assert "compares at 3:" in said({"guidance_scale": 2.0}, {})
     assert "at --num_inference_steps 4, and" in said({"num_inference_steps": 4}, {"num_inference_steps": 20})
+    assert said({"guidance_scale": "1e1", "num_inference_steps": 30}, {"guidance_scale": 10}) == ""
+    assert said({"sources": ["a guidance=1"]}, {"guidance_scale": 10}) == said([], {}) == ""
+    both = said({"num_inference_steps": 4, "guidance_scale": 1}, {})
+    assert both.count(" compares at ") == 2
+    assert rounds.other_sampler(rounds.RoundsConfig(**OPTIONS)) == "", "the presets"
 
 
 def test_a_step_that_ended_well_is_not_repeated_unless_it_changes(rounds, tmp_path, monkeypatch, capfd):
