@@ -99,12 +99,16 @@ def other_sampler(config: RoundsConfig) -> str:
         return ""  # each has a sampler of its own
     said, defaults = [], GenerationOptions()
     for name, swept in (("num_inference_steps", None), ("guidance_scale", "guidance_scales")):
-        made = float(build.get(name, getattr(defaults, name)))
-        compared = compare.get(swept) or [compare.get(name, getattr(defaults, name))]
-        if made not in [float(value) for value in compared]:
+        default = getattr(defaults, name)
+        try:
+            made = float(build.get(name, default))
+            compared = [float(v) for v in compare.get(swept) or [compare.get(name, default)]]
+        except (TypeError, ValueError):
+            continue  # the step says what is wrong with it
+        if made not in compared:
             said.append(
                 f"{config.build} generates candidates at --{name} {made:g}, and {config.compare} compares at "
-                f"{', '.join(f'{float(value):g}' for value in compared)}"
+                f"{', '.join(f'{value:g}' for value in compared)}"
             )
     return "; ".join(said) + ": gains may not carry over; name the same" if said else ""
 

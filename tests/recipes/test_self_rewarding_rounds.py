@@ -100,6 +100,7 @@ def test_candidates_of_another_sampler_than_the_comparison_s_are_named(rounds, t
     assert "at --num_inference_steps 4, and" in said({"num_inference_steps": 4}, {"num_inference_steps": 20})
     assert said({"guidance_scale": "1e1", "num_inference_steps": 30}, {"guidance_scale": 10}) == ""
     assert said({"sources": ["a guidance=1"]}, {"guidance_scale": 10}) == said([], {}) == ""
+    assert said({"guidance_scale": "much"}, {"guidance_scales": 3}) == "", "the step refuses it"
     both = said({"num_inference_steps": 4, "guidance_scale": 1}, {})
     assert both.count(" compares at ") == 2
     assert rounds.other_sampler(rounds.RoundsConfig(**OPTIONS)) == "", "the presets"
