@@ -58,8 +58,8 @@ class CompareConfig(GenerationOptions):
         None, "Use only the pocket's captions of these animals (default: all)."
     )
     num_prompts: int = option(100, "Use the first N prompts.")
-    num_seeds: int = option(2, "Images per prompt and system.")
-    seed: int = option(0, "The first seed; the others follow.")
+    num_seeds: int = option(2, "Images per prompt and system; each prompt has seeds of its own.")
+    seed: int = option(0, "The first prompt's first seed; the others follow.")
     clip_model_name_or_path: str | None = option(
         None,
         "CLIP or PickScore that scores: a folder, a hub id or `pocket` (the default for the model `pocket`).",

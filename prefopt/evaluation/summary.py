@@ -59,7 +59,7 @@ def summarise(
         },
         "prompts": len(set(texts)),
         "groups": len(set(prompts)),  # that are resampled
-        "seeds": sorted({row["seed"] for row in rows}),
+        "seeds": len(texts) // len(set(texts)),  # of each prompt
         "metrics": {metric: dict(told) for metric, told in metrics.items()},
         "systems": {
             name: {

@@ -30,6 +30,7 @@ from prefopt.store import Ledger
 
 Scores = dict[str, float | bool]  # metric, or part of a scorer -> score of one image
 
+SEEDS_APART = 1000  # from a prompt's seeds to the next prompt's
 _SCORED_AT_ONCE = 64
 
 
@@ -56,6 +57,10 @@ def compare(
     batch_size: int = 8,
 ) -> dict:
     """Generate and score every (system, prompt, seed); write images, results.jsonl and summary.json.
+
+    `seeds` are those of the first prompt; the prompt after it has the same ones plus `SEEDS_APART`, and so
+    on. One noise for all prompts would make their images alike in what the noise decides, and an interval
+    over prompts says nothing of other noise.
 
     Returns the summary, in which the systems are compared with the first. `families` names of each system
     what it is a variant of, at another guidance or scale; the families are then also compared each at its
@@ -118,8 +123,8 @@ def _plan(
     """The image key of each (system, prompt, seed), in the table's order; and each key's job, once."""
     keys, jobs = {}, {}
     for name, generator in systems.items():
-        for prompt in prompts:
-            for seed in seeds:
+        for place, prompt in enumerate(prompts):
+            for seed in (first + SEEDS_APART * place for first in seeds):
                 key = content_key(json.dumps([weights[name], prompt, seed, generator.settings]))
                 keys[name, prompt, seed] = key
                 # The base and an adapter at scale 0 share their images.
