@@ -32,7 +32,7 @@ CONFIGS = ROOT / "recipes" / "configs"
 CLASSES = ("elephant", "giraffe")
 GUIDANCE = (2.0, 3.0, 5.0, 8.0)
 EQUAL = 3.0  # at which systems are also compared with each other
-PROMPTS, SEEDS, FIRST_SEED = 60, 2, 1000
+PROMPTS, SEEDS, FIRST_SEED = 60, 2, 500
 BUILD = {"guidance_scale": 3.0, "question_weights": ["whole_prompt=4"], "pair_rule": "all"}
 BUILD |= {"max_pairs_per_prompt": 4}
 TRAINING = {"lora_r": 16, "lora_alpha": 16, "learning_rate": 5e-4, "max_steps": 250}
