@@ -41,8 +41,9 @@ def summarise(
     """
     names = list(systems)
     table = {name: [row for row in rows if row["system"] == name] for name in names}
-    texts = [row["prompt"] for row in table[names[0]]]
-    prompts = [(groups or {}).get(text, text) for text in texts]
+    texts: list[str] = [row["prompt"] for row in table[names[0]]]
+    same = groups or {}
+    prompts = [same.get(text, text) for text in texts]
     scores = {
         name: {
             metric: np.array([row["scores"][metric] for row in table[name]], dtype=np.float64)

@@ -94,7 +94,8 @@ class Rubric:
 
     def weighed(self, weights: Sequence[str]) -> Self:
         """The rubric with other weights, as `whole_prompt=4`; InputError for what it has no question of."""
-        given = dict(text.partition("=")[::2] for text in weights)
+        parts = [text.partition("=") for text in weights]
+        given = {name: weight for name, _, weight in parts}
         if len(given) < len(weights) or not all("=" in text for text in weights):
             raise InputError(f"question weights {' '.join(weights)}: write name=weight, each name once")
         names = [item.name for item in self.items]

@@ -44,7 +44,7 @@ class Judged:
         settings = self.about["settings"]
         self.rubric = Rubric.load(settings["rubric"]).weighed(settings["question_weights"])
         self.candidates = [row for row in _rows(build / "candidates") if row["rank"] is not None]
-        images = [Image.open(io.BytesIO(row["image"]["bytes"])) for row in self.candidates]
+        images = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in self.candidates]
         self.prompts = [row["prompt"] for row in self.candidates]
         self.right = Oracle.load().correct(images, self.prompts)
         places = {(row["prompt_id"], row["seed"]): i for i, row in enumerate(self.candidates)}
