@@ -85,7 +85,7 @@ def main(
 
     state = processes()
     device = torch.device(str(state.device))
-    rubric = config.questions
+    rubric = config.weighed_rubric
     if detector is None and config.detector != NONE:
         detector = lazy_detector(str(config.detector), revision=config.detector_revision, device=device)
     threshold = config.detection_threshold if detector else None

@@ -66,7 +66,7 @@ def main(config: TextToImagePairsConfig, judge: Lazy[Judge] | None = None) -> No
     from data_builders.prompts.reading import given_prompts, read_prompts
 
     state = processes()
-    rubric = config.questions
+    rubric = config.weighed_rubric
     build = Build(
         config,
         prompts=given_prompts(read_prompts(str(config.prompts), config.num_prompts, config.seed)),

@@ -81,10 +81,10 @@ class BuilderConfig(GenerationOptions):
             raise InputError(
                 f"{len(self.sources)} --sources for {self.candidates} --candidates: some generate nothing"
             )
-        _ = self.questions
+        _ = self.weighed_rubric
 
     @property
-    def questions(self) -> Rubric:
+    def weighed_rubric(self) -> Rubric:
         """The rubric with these weights."""
         return Rubric.load(self.rubric).weighed(self.question_weights)
 

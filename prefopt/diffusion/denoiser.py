@@ -36,7 +36,7 @@ class Denoiser(nn.Module):
         # By the pipeline's own name for it, which is also the prefix of its LoRA's tensors.
         self.add_module(self.family.component, self.family.network(pipeline))
         self.schedule = self.family.schedule(pipeline)
-        self.schedule.span = timestep_range
+        self.schedule.timestep_range = timestep_range
 
     @property
     def network(self) -> Any:

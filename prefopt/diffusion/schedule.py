@@ -54,7 +54,7 @@ class DiscreteSchedule(nn.Module):
     def __init__(self, alphas_cumprod: Tensor, prediction: str):
         super().__init__()
         self.prediction = prediction
-        self.span = (0.0, 1.0)  # the part of the schedule that times cover
+        self.timestep_range = (0.0, 1.0)  # the part of the schedule that times cover
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
 
     @classmethod
@@ -70,16 +70,16 @@ class DiscreteSchedule(nn.Module):
     @property
     def identity(self) -> dict[str, str]:
         """What a score depends on here."""
-        whole = self.span == (0.0, 1.0)
+        whole = self.timestep_range == (0.0, 1.0)
         return {
             "noise schedule": tensors_key({"alphas_cumprod": self.alphas_cumprod}),
             "prediction": self.prediction,
-            **({} if whole else {"timestep range": "{} to {}".format(*self.span)}),
+            **({} if whole else {"timestep range": "{} to {}".format(*self.timestep_range)}),
         }
 
     def share(self, time: Tensor) -> Tensor:
         """How much of the schedule is gone through at a time in [0, 1)."""
-        low, high = self.span
+        low, high = self.timestep_range
         return low + (high - low) * time
 
     def add_noise(self, latents: Tensor, noise: Tensor, time: Tensor) -> Noised:

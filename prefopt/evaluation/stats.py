@@ -97,16 +97,19 @@ def pairwise_accuracy(
     fewer than two groups have one.
     """
     scores, right = np.asarray(scores, dtype=np.float64), np.asarray(right, dtype=bool)
-    agree, of_group = [], []
-    for name in dict.fromkeys(groups):
-        rows = np.asarray([group == name for group in groups])
-        gaps = np.subtract.outer(scores[rows & right], scores[rows & ~right]).ravel()
+    ids = np.unique(np.asarray(groups), return_inverse=True)[1]
+    if not len(scores) == len(right) == len(ids):
+        raise ValueError(f"{len(scores)} scores, {len(right)} that are right or not, {len(ids)} groups")
+    agree, of_pair = [], []
+    for group in range(ids.max(initial=-1) + 1):
+        better, worse = scores[(ids == group) & right], scores[(ids == group) & ~right]
+        gaps = np.subtract.outer(better, worse).ravel()
         agree.append((np.sign(gaps) + 1) / 2)
-        of_group += [name] * len(gaps)
-    if len(set(of_group)) < 2:
+        of_pair += [group] * len(gaps)
+    if len(set(of_pair)) < 2:
         return None
     rates = np.concatenate(agree)
-    return paired_bootstrap(rates, np.zeros_like(rates), of_group, level=level), len(rates)
+    return paired_bootstrap(rates, np.zeros_like(rates), of_pair, level=level), len(rates)
 
 
 def win_rate(

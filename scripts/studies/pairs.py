@@ -6,8 +6,8 @@ Of a build of the pocket's captions it prints, for each attribute: how many cand
 often, of two candidates of a prompt of which one shows it right, the judge's soft score preferred that one;
 and how often a pair's chosen image has it right and the rejected one wrong, and the other way round. Then how
 much of the pairs' margin each question made, and in how many attributes the images of a pair differ. The
-judge's agreement is also put in the header of the build's gallery. Only such a study asks the oracle; no
-builder does.
+judge's agreement is also put in the header of the build's gallery. A study may ask the oracle, as a
+comparison does; no builder may.
 """
 
 import argparse
@@ -43,16 +43,18 @@ class Judged:
         self.about = json.loads((build / "BUILD.json").read_text(encoding="utf-8"))
         settings = self.about["settings"]
         self.rubric = Rubric.load(settings["rubric"]).weighed(settings["question_weights"])
-        self.candidates = [row for row in _rows(build / "candidates") if row["rank"] is not None]
+        self.rows = _rows(build / "candidates")
+        self.candidates = [row for row in self.rows if row["rank"] is not None]
         images = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in self.candidates]
         self.prompts = [row["prompt"] for row in self.candidates]
         self.right = Oracle.load().correct(images, self.prompts)
         places = {(row["prompt_id"], row["seed"]): i for i, row in enumerate(self.candidates)}
-        if not _rows(build / "pairs"):
+        columns = ["prompt_id", "chosen_seed", "rejected_seed"]
+        pairs = [tuple(row.values()) for row in _rows(build / "pairs", columns)]
+        if not pairs:
             raise InputError(f"{build} holds no pairs: build it with --exports pairs")
         self.pairs = [
-            (places[row["prompt_id"], row["chosen_seed"]], places[row["prompt_id"], row["rejected_seed"]])
-            for row in _rows(build / "pairs")
+            (places[prompt, chosen], places[prompt, rejected]) for prompt, chosen, rejected in pairs
         ]
 
     def agreement(self, part: str) -> dict | None:
@@ -100,8 +102,9 @@ def _answer(log_odds: float, other_mass: float) -> Answer:
     return Answer({YES: float(expit(log_odds)), NO: float(expit(-log_odds))}, other_mass)
 
 
-def _rows(folder: Path) -> list[dict]:
-    return [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+def _rows(folder: Path, columns: list[str] | None = None) -> list[dict]:
+    files = sorted(folder.glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file, columns=columns).to_pylist()]
 
 
 def tables(judged: Judged) -> list[Table]:
@@ -135,7 +138,7 @@ def show_in_gallery(judged: Judged, build: Path) -> Path:
     worth = {part: found for part in PARTS if (found := judged.agreement(part))}
     said = "; ".join(f"{part} {rate(found)}" for part, found in worth.items())
     facts = judged.about["facts"] | {"the judge agrees with the oracle, by attribute": said}
-    return write_gallery(build, by_prompt(_rows(build / "candidates")), facts=facts)
+    return write_gallery(build, by_prompt(judged.rows), facts=facts)
 
 
 def main() -> None:

@@ -325,7 +325,7 @@ def test_errors_by_quartile_of_the_schedule():
     single = denoising_metrics(batch, policy[:, :1], schedule)
     assert not any("rejected" in name for name in single)
     assert math.isclose(single["error/chosen"][0].mean(), 4)
-    schedule.span = (0.5, 1.0)
+    schedule.timestep_range = (0.5, 1.0)
     assert {"error/chosen/q3", "error/chosen/q4"} == {
         name
         for name, (_, weight) in denoising_metrics(batch, policy[:, :1], schedule).items()
