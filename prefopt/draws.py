@@ -7,13 +7,13 @@ read: the epoch, or the epoch modulo R when the draws are to repeat after R epoc
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
-EXAMPLE, ORDER = 0, 1  # streams of one seed, so that an epoch's order says nothing about an item's noise
+EXAMPLE, ORDER, ANSWER = 0, 1, 2  # streams of one seed: an epoch's order says nothing about an item's noise
 
 
 class Draw(NamedTuple):
@@ -60,13 +60,24 @@ def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
     return generator(seed, ORDER, 0, epoch).permutation(length)
 
 
+def grouped_order(seed: int, epoch: int, groups: Sequence[Hashable]) -> np.ndarray:
+    """The same with the items of a group, which are equal in `groups`, next to each other."""
+    members: dict[Hashable, list[int]] = {}
+    for item, group in enumerate(groups):
+        members.setdefault(group, []).append(item)
+    together = list(members.values())
+    order = epoch_order(seed, epoch, len(together))
+    return np.array([item for place in order for item in together[place]])
+
+
 class VisitSampler(Sampler[tuple[int, int]]):
     """Yields (index, visit), one epoch at each iteration, in a number that fills the last global batch.
 
     Every optimizer step sees exactly `global_batch` examples, however they are split over processes and
     accumulation; where the items do not divide evenly, the first ones of the epoch's order come a second
-    time. `epoch` says which epoch begins now: asking is safer than being told, since accelerate does not pass
-    `set_epoch` on to the sampler of a loader that was resumed on several processes.
+    time. Items of one of the `groups` are read one after another. `epoch` says which epoch begins now:
+    asking is safer than being told, since accelerate does not pass `set_epoch` on to the sampler of a loader
+    that was resumed on several processes.
     """
 
     def __init__(
@@ -78,7 +89,9 @@ class VisitSampler(Sampler[tuple[int, int]]):
         epoch: Callable[[], int],
         visits: int | None = None,
         shuffle: bool = True,
+        groups: Sequence[Hashable] | None = None,
     ):
+        self.groups = groups
         self.length, self.global_batch, self.seed = length, global_batch, seed
         self.epoch, self.visits, self.shuffle = epoch, visits, shuffle
 
@@ -87,7 +100,11 @@ class VisitSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch()
-        order = epoch_order(self.seed, epoch, self.length) if self.shuffle else range(self.length)
+        order: Iterable[int] = range(self.length)
+        if self.shuffle and self.groups is not None:
+            order = grouped_order(self.seed, epoch, self.groups)
+        elif self.shuffle:
+            order = epoch_order(self.seed, epoch, self.length)
         visit = epoch % self.visits if self.visits else epoch
         for index in itertools.islice(itertools.cycle(order), len(self)):
             yield int(index), visit

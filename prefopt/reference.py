@@ -86,7 +86,7 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
 
 @runtime_checkable
 class Identified(Protocol):
-    """Examples, or a model, that say what their values depend on besides the weights."""
+    """Examples, what makes batches of them, or a model: each says what its values depend on but weights."""
 
     @property
     def identity(self) -> Mapping[str, str]: ...
@@ -150,8 +150,9 @@ def cache_reference(
         if f".{POLICY}." not in name
     }
     identity = {"reference weights": tensors_key(weights), "precision": precision}
-    if isinstance(model, Identified):
-        identity = {**model.identity, **identity}
+    for part in (model, loader.get("collate_fn")):
+        if isinstance(part, Identified):
+            identity = {**part.identity, **identity}
     store = TensorStore(folder, {**examples.identity, **identity})
     blocks = [(block, visit) for visit in range(visits) for block in range(-(-count // BLOCK))]
     state = PartialState()

@@ -9,7 +9,7 @@ what surrounds a run (runs.py).
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,9 +46,11 @@ class PreferenceTrainer(CheckpointingTrainer):
     """Trains any scored model on any objective.
 
     `train_dataset[(index, visit)]` gives an example with its `item`. The reference, if the objective needs
-    one, is the model without its adapters, or `reference_model`, a frozen copy for full fine-tuning. `about`
-    goes into config.json: conventions that the options do not tell. A model that is no transformers model
-    implements `checkpoints.SavesItself`. InputError if the objective needs what `score` cannot give.
+    one, is the model without its adapters, or `reference_model`, a frozen copy for full fine-tuning.
+    `prepare(model, batch)` computes what both need of a batch and no training changes. Examples with equal
+    entries in `groups` are read one after another. `about` goes into config.json: conventions that the
+    options do not tell. A model that is no transformers model implements `checkpoints.SavesItself`.
+    InputError if the objective needs what `score` cannot give.
     """
 
     model: nn.Module
@@ -63,8 +65,10 @@ class PreferenceTrainer(CheckpointingTrainer):
         score: Score,
         objective: Objective,
         train_dataset: Dataset,
+        prepare: Callable[[nn.Module, Batch], Batch] | None = None,
         metrics: Metrics | None = None,
         reference_model: nn.Module | None = None,
+        groups: Sequence[Hashable] | None = None,
         about: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
@@ -74,6 +78,7 @@ class PreferenceTrainer(CheckpointingTrainer):
                 "choose another --loss_type"
             )
         self.score, self.objective, self.batch_metrics = score, objective, metrics
+        self.prepare_batch, self.groups = prepare, groups
         self.reference_model = reference_model
         self.about = dict(about or {})
         self.metrics_file: MetricsFile | None = None
@@ -196,6 +201,7 @@ class PreferenceTrainer(CheckpointingTrainer):
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             epoch=lambda: self.state.global_step // self.steps_per_epoch,
             visits=self.args.visits,
+            groups=self.groups,
         )
 
     def _get_eval_sampler(self, eval_dataset: Any):
@@ -251,6 +257,13 @@ class PreferenceTrainer(CheckpointingTrainer):
             loader={"collate_fn": self.data_collator, "num_workers": args.dataloader_num_workers},
             batch_size=args.train_batch_size,
         )
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        inputs = super()._prepare_inputs(inputs)
+        if self.prepare_batch is None:
+            return inputs
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.prepare_batch(self.model, inputs)
 
     def _prepare_input(self, data: Any) -> Any:
         # The Trainer would hand DeepSpeed its floats in half precision: noise, and times of 8 bits.

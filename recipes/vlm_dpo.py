@@ -1,19 +1,21 @@
 """DPO on a vision-language model: pairs of a better and a worse answer about images (arXiv 2305.18290).
 
     accelerate launch recipes/vlm_dpo.py --config recipes/configs/vlm_dpo_llava15.yaml
-    accelerate launch recipes/vlm_dpo.py --model_name_or_path my/vlm --dataset_name my/pairs --max_length 2048
+    accelerate launch recipes/vlm_dpo.py --model_name_or_path my/vlm --dataset_name my/pairs --load_in_4bit
 
-`dataset_name` is a folder or a hub id in trl's vision preference format: images, prompt, chosen, rejected.
-By default a LoRA is trained on the language model; the vision tower and the projector stay as they are. The
-reference is the model with its adapter off, or a frozen copy when all weights are trained; `--loss_type cpo`
-and `simpo` need none. The adapter goes to `output_dir`, a whole model to `output_dir`/model.
+`dataset_name` is a folder or a hub id with images, prompt, chosen and rejected in trl's vision preference
+format, RLAIF-V's or LLaMA-Factory's. By default a LoRA is trained on the language model; the vision tower and
+the projector stay as they are. The reference is the model with its adapter off, or a frozen copy when all
+weights are trained; `--loss_type cpo` and `simpo` need none. The adapter goes to `output_dir`, a whole model
+to `output_dir`/model.
+
+An image and its prompt are read once for both answers, and an image is encoded once for policy and reference.
+`--reference cache` computes the reference's scores once for all epochs, `--vision_features cache` the images'
+features. Where a model's attention cannot share a prompt, the log says so.
 
 You should see the loss start at 0.6931 (ln 2: policy and reference are equal) and `rewards/accuracies` rise
 above 0.5. If both rewards fall together by many nats, answers get worse though the margin grows: lower the
 learning rate, or raise `beta`.
-
-Left out: caches of vision features and of reference scores, rows that share the prompt of both answers, 4-bit
-base weights. Each image is encoded for either side of its pair, in the policy and in the reference.
 """
 
 from dataclasses import dataclass
@@ -45,7 +47,7 @@ def main(config: VlmDPOConfig):
 
     unit = "mean" if config.loss_type in ("ipo", "simpo") else "sum"
     about = {"beta": f"{config.beta:g}, times the {unit} of log p in nats"}
-    return train(config, objective_of(config, config.beta), about)
+    return train(config, "pairs", objective_of(config, config.beta), about)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Randomness as data: what is drawn, what it depends on, and the order in which items are read."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -156,3 +157,16 @@ def test_every_number_of_processes_sees_the_same_global_batches(processes):
         ]
         order = list(sampler(37, step, 3))[number * step : (number + 1) * step]
         assert sorted(seen) == sorted(order)
+
+
+def test_items_of_a_group_are_read_one_after_another() -> None:
+    """Each once, in another order of groups in another epoch; alone, the order is the ungrouped one."""
+    groups = ["a", "b", "a", "c", "b", "a", "d"]
+    orders = [[index for index, _ in sampler(7, 7, epoch, groups=groups)] for epoch in range(8)]
+    for order in orders:
+        assert sorted(order) == list(range(7))
+        names = [groups[index] for index in order]
+        assert len([name for name, _ in itertools.groupby(names)]) == 4
+    assert len({tuple(order) for order in orders}) > 4
+    alone = sampler(7, 7, 3, groups=range(7))
+    assert list(alone) == list(sampler(7, 7, 3))

@@ -20,8 +20,8 @@ SIZE = 64
 COUNTS = (1, 2, 3)
 ATTRIBUTES: dict[str, tuple] = {"animal": ANIMALS, "colour": tuple(COLOURS), "count": COUNTS, "place": PLACES}
 
-_NUMBERS = {1: "one", 2: "two", 3: "three"}
-_WHERE = {
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+WHERE = {
     "savanna": "on the savanna",
     "desert": "in the desert",
     "snow": "in the snow",
@@ -104,10 +104,10 @@ def caption(scene: Scene, phrasing: int) -> str:
     """The scene in words; `phrasing` counts round six ways; the first: `two red lions at night`."""
     noun = scene.animal if scene.count == 1 else f"{scene.animal}s"
     return _PHRASINGS[phrasing % PHRASINGS].format(
-        number=_NUMBERS[scene.count],
+        number=NUMBERS[scene.count],
         colour=scene.colour,
         noun=noun,
-        where=_WHERE[scene.place],
+        where=WHERE[scene.place],
         place=scene.place,
     )
 
@@ -115,10 +115,10 @@ def caption(scene: Scene, phrasing: int) -> str:
 @cache
 def _patterns() -> tuple[re.Pattern[str], ...]:
     groups = {
-        "number": f"(?P<number>{'|'.join(_NUMBERS.values())})",
+        "number": f"(?P<number>{'|'.join(NUMBERS.values())})",
         "colour": f"(?P<colour>{'|'.join(COLOURS)})",
         "noun": f"(?P<animal>{'|'.join(ANIMALS)})(?P<plural>s?)",
-        "where": f"(?P<place>{'|'.join(_WHERE.values())})",
+        "where": f"(?P<place>{'|'.join(WHERE.values())})",
         "place": f"(?P<place>{'|'.join(PLACES)})",
     }
     return tuple(re.compile(phrasing.format(**groups)) for phrasing in _PHRASINGS)
@@ -126,8 +126,8 @@ def _patterns() -> tuple[re.Pattern[str], ...]:
 
 def parse(text: str) -> Scene:
     """The scene that `caption` would say so, whichever the phrasing; InputError for any other text."""
-    counts = {word: count for count, word in _NUMBERS.items()}
-    places = {words: place for place, words in _WHERE.items()}
+    counts = {word: count for count, word in NUMBERS.items()}
+    places = {words: place for place, words in WHERE.items()}
     for pattern in _patterns():
         if match := pattern.fullmatch(text):
             count = counts[match["number"]]

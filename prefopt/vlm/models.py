@@ -1,22 +1,35 @@
-"""Vision-language models: loading them with their processor, and LoRA on the language model alone."""
+"""Vision-language models: loading them with their processor, 4-bit weights, LoRA.
 
+Both are for the language model alone: vision tower, projector and language head are neither quantised nor
+adapted.
+"""
+
+import copy
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
-from prefopt.adapters import POLICY, REFERENCE, lora_config
+from prefopt.adapters import ADAPTER_FILE, POLICY, REFERENCE, adapter_folder, lora_config
 from prefopt.config import LoraArguments
 from prefopt.errors import InputError
-from prefopt.loading import UNUSABLE, first_line, load_complete, load_part
+from prefopt.loading import UNUSABLE, first_line, load_complete, load_part, not_loaded
 
-ADAPTER_FILE = "adapter_model.safetensors"
 VLM = "vision-language model"
 
 
@@ -26,15 +39,22 @@ def load_vlm(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model that answers in text about images, and its processor, from a folder or a hub id.
 
-    Only safetensors and no code from the repository; what cannot be loaded so is an InputError.
+    `quantization` is for the linear layers of the language model; everything else has `dtype`. Only
+    safetensors and no code from the repository; what cannot be loaded so is an InputError.
     """
     name, trusted = model_name_or_path, {"trust_remote_code": False}
     processor = load_part(AutoProcessor, name, VLM, revision, **trusted)
     options = {"dtype": dtype, "attn_implementation": attn_implementation, **trusted}
+    if quantization is not None:
+        options["quantization_config"] = _on_the_language_model(quantization, name, revision)
+        options["device_map"] = {"": PartialState().device}  # quantised where it is used, and not moved later
     model = load_complete(AutoModelForImageTextToText, name, VLM, revision, **options)
+    if getattr(model, "is_loaded_in_4bit", False):
+        _check_4bit_layers(model, name)
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise InputError(f"{name} has a {type(processor).__name__}, which reads no images")
     if processor.chat_template is None:
@@ -45,12 +65,72 @@ def load_vlm(
 def language_model_name(model: nn.Module) -> str:
     """The dotted name of the language model inside of a model, such as `model.language_model`."""
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    tower = model.get_encoder(modality="image") if isinstance(model, PreTrainedModel) else model
     name = next(name for name, module in model.named_modules() if module is decoder)
-    if not name:
+    if not name or any(module is tower for module in decoder.modules()):
         raise InputError(
-            f"{type(model).__name__} does not tell its language model apart; train it with --no_use_peft"
+            f"{type(model).__name__} does not tell its language model apart: it can only be trained as a "
+            "whole, with --no_use_peft and without --load_in_4bit"
         )
     return name
+
+
+def _on_the_language_model(
+    quantization: BitsAndBytesConfig, name: str, revision: str | None
+) -> BitsAndBytesConfig:
+    """The quantisation with all modules skipped that are not the language model's.
+
+    By default transformers would skip the language head alone and quantise the vision tower. InputError if
+    the model on disk is quantised already.
+    """
+    config = load_part(AutoConfig, name, VLM, revision, trust_remote_code=False)
+    if stored := getattr(config, "quantization_config", None):
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        raise InputError(
+            f"{name} is quantised already ({method}); leave out --load_in_4bit, or name the model that it "
+            "was made from"
+        )
+    try:
+        with torch.device("meta"):  # names alone, no weights
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    except UNUSABLE as error:
+        raise not_loaded(VLM, name, error) from error
+    quantization = copy.copy(quantization)
+    skipped = quantization.llm_int8_skip_modules or []
+    quantization.llm_int8_skip_modules = [*skipped, *_beside(model, language_model_name(model))]
+    return quantization
+
+
+def _beside(model: nn.Module, inside: str) -> list[str]:
+    """The names of the largest modules that neither contain the module `inside` nor belong to it."""
+    path = inside.split(".")
+    around = {".".join(path[:depth]) for depth in range(len(path))}
+    return [
+        name
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[0] in around and name not in {*around, inside}
+    ]
+
+
+def _check_4bit_layers(model: nn.Module, name: str) -> None:
+    """Keep a forward pass from changing 4-bit layers; InputError for one that a CPU would read wrongly."""
+    from bitsandbytes.nn import Linear4bit
+
+    for layer_name, layer in model.named_modules():
+        if not isinstance(layer, Linear4bit):
+            continue
+        weight: Any = layer.weight
+        block = weight.quant_state.blocksize
+        if weight.device.type == "cpu" and layer.in_features % block:
+            raise InputError(
+                f"{name}: bitsandbytes on a CPU reads 4-bit weights wrongly unless a layer has a multiple of "
+                f"{block} inputs, and {layer_name} has {layer.in_features}; use a GPU, or no 4 bits"
+            )
+        # On a CPU with AVX512-BF16, a forward without gradient would repack the weights, round their
+        # constants to bfloat16, and from then on no gradient would pass the layer.
+        layer.support_avx512bf16_for_cpu = False
+        if layer.bias is not None:  # the first forward would cast it
+            layer.bias.data = layer.bias.data.to(layer.compute_dtype)
 
 
 def add_lora(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
@@ -70,20 +150,34 @@ def add_lora(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
 def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
     """The model with a trained adapter to continue from, and a frozen copy of it as the reference.
 
-    `adapter` is a folder or a hub id, in peft's format; one that does not fit the model is an InputError.
+    `adapter` is a folder or a hub id, in peft's format. One of another model, or with layers outside of the
+    language model, is an InputError.
     """
-    folder = _adapter_folder(adapter)
+    folder = adapter_folder(adapter)
+    unfit = f"the adapter {adapter} does not fit the {type(model).__name__} {model.name_or_path}"
+    try:
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    except (*UNUSABLE, TypeError) as error:
+        raise InputError(f"{unfit}: its adapter_config.json cannot be read ({first_line(error)})") from error
+    if base and model.name_or_path and not _can_be_same(base, model.name_or_path):
+        raise InputError(
+            f"{unfit}: it was trained on {base}. Name that model; or, if it is the same one under another "
+            f"name, change base_model_name_or_path in {folder}/adapter_config.json"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # on missing names, which are an error below
             policy = PeftModel.from_pretrained(model, folder, adapter_name=POLICY, is_trainable=True)
         policy.load_adapter(folder, REFERENCE)
     except UNUSABLE as error:
-        raise InputError(
-            f"the adapter {adapter} does not fit {type(model).__name__}: {first_line(error)}"
-        ) from error
+        raise InputError(f"{unfit}: {_reason(error)}") from error
     if difference := _difference(policy, Path(folder, ADAPTER_FILE)):
-        raise InputError(f"the adapter {adapter} does not fit {type(model).__name__}: {difference}")
+        raise InputError(f"{unfit}: {difference}")
+    if outside := _adapted_outside(policy.get_base_model()):
+        raise InputError(
+            f"the adapter {adapter} has {len(outside)} layers outside of the language model, {outside[0]} "
+            "among them, where nothing is trained here; merge it into the model and train on that"
+        )
     return policy
 
 
@@ -109,18 +203,20 @@ def _difference(model: PeftModel, file: Path) -> str:
     return f"{len(changed)} tensors differ, {changed[0]} among them" if changed else ""
 
 
-def _adapter_folder(adapter: str) -> str:
-    """The adapter's folder, fetched from the hub if it is none here; pickled weights are never asked for."""
-    folder = adapter
-    if not Path(adapter).exists():
-        try:
-            folder = snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER_FILE])
-        except UNUSABLE as error:
-            raise InputError(
-                f"no adapter {adapter!r}: no such folder here, and as a hub id it could not be loaded "
-                f"({first_line(error)})"
-            ) from error
-    missing = [name for name in ("adapter_config.json", ADAPTER_FILE) if not Path(folder, name).is_file()]
-    if missing:
-        raise InputError(f"{adapter} is no adapter in peft's format: it has no {' and no '.join(missing)}")
-    return folder
+def _can_be_same(one: str, other: str) -> bool:
+    """Whether two folders or hub ids can be of one model; one that was moved keeps its last name."""
+    if Path(one).exists() and Path(other).exists():
+        return Path(one).samefile(other)
+    return Path(one).name == Path(other).name
+
+
+def _reason(error: Exception) -> str:
+    """The beginning of peft's message, of which the first line does not say which shapes differ."""
+    return " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300]
+
+
+def _adapted_outside(model: nn.Module) -> list[str]:
+    """The layers with adapters that are not the language model's."""
+    inside = f"{language_model_name(model)}."
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    return [name for name in adapted if not name.startswith(inside)]

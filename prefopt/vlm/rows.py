@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-# The families whose shared rows were compared with plain forward passes (tests/judges/test_shared_prefix.py).
-# Another one might add to attention what its config does not tell.
-COMPARED = ("llava", "llava_next", "qwen2_5_vl", "idefics3", "smolvlm")
+from prefopt.vlm.vision import collate
+
+# The families whose shared rows are compared with plain forward passes, in test_shared_prefix.py and
+# test_scoring.py. Another one might add to attention what its config does not tell.
+COMPARED = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
 # One entry a token, where an image's tensors have other shapes.
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 
@@ -88,7 +89,7 @@ def next_token_logits(model: PreTrainedModel, rows: Sequence[SharedPrefix]) -> l
     # Padding is a token of text: an image's would ask for pixels.
     fill = int(rows[0].suffixes[0][-1])
     tokens = pad_sequence([row.prefix for row in rows], batch_first=True, padding_value=fill).to(device)
-    images = {name: value.to(device) for name, value in _collate([row.images for row in rows]).items()}
+    images = {name: value.to(device) for name, value in collate([row.images for row in rows]).items()}
     positions, following = _positions(body, tokens, lengths, rows, images)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     body(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, **images)
@@ -148,22 +149,3 @@ def _mask(suffixes: Suffixes, lengths: Tensor, width: int, model: PreTrainedMode
     return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(
         ~seen, torch.finfo(model.dtype).min
     )
-
-
-def _collate(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch of several batches of one; images with fewer tiles than others are padded with zeros.
-
-    Every family ignores such tiles: it knows the image's size, or that a tile of zeros is padding.
-    """
-    batch = {}
-    for name in images[0]:
-        values = [image[name] for image in images]
-        shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-        batch[name] = torch.cat([_grown(value, shape) for value in values])
-    return batch
-
-
-def _grown(value: Tensor, shape: Sequence[int]) -> Tensor:
-    """The tensor with zeros behind, so that it has this shape after the first dimension."""
-    missing = [wanted - found for wanted, found in zip(shape, value.shape[1:], strict=True)]
-    return pad(value, [end for size in reversed(missing) for end in (0, size)]) if any(missing) else value

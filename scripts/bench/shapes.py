@@ -14,16 +14,20 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
@@ -100,6 +104,87 @@ CHAT = (
     "{% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %} "
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+
+
+# LLaVA-1.5 on Vicuna 7B; and small ones: the second reads as many image tokens, 576.
+LLAVA_15: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "image_size": 56,
+        "vision": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
+        "text": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4},
+        "layers": (3, 2),
+    },
+    "small": {
+        "image_size": TILE,
+        "vision": {"hidden_size": 160, "intermediate_size": 640, "num_attention_heads": 4},
+        "text": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8},
+        "layers": (3, 7),
+    },
+    "7b": {
+        "image_size": TILE,
+        "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16},
+        "text": {
+            "vocab_size": 32064,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_attention_heads": 32,
+        },
+        "layers": (24, 32),
+    },
+}
+
+
+def build_llava_15(size: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """A LLaVA-1.5 of a size, and its processor; of a text, each of the words `0`, `1`, ... is a token."""
+    shape, special = LLAVA_15[size], ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
+    words = [str(number) for number in range(shape["text"]["vocab_size"] - len(special))]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    side = shape["image_size"]
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        fast,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT.replace(
+            "{% endfor %} {% endfor %}",
+            "{% endfor %} {% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
+        ),
+    )
+    tower, language = shape["layers"]
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            image_size=side, patch_size=PATCH, num_hidden_layers=tower, **shape["vision"]
+        ),
+        text_config=LlamaConfig(
+            max_position_embeddings=4096,
+            num_hidden_layers=language,
+            pad_token_id=special.index("<pad>"),
+            bos_token_id=special.index("<s>"),
+            eos_token_id=special.index("</s>"),
+            **shape["text"],
+        ),
+        image_token_index=special.index("<image>"),
+        image_seq_length=(side // PATCH) ** 2,
+    )
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with device:  # seven billion random numbers take minutes on a CPU
+        model = LlavaForConditionalGeneration(config)
+    torch.set_default_dtype(default)
+    return model, processor
 
 
 def save_vlm(size: str, folder: Path, dtype: torch.dtype, device: torch.device) -> str:

@@ -13,6 +13,8 @@ CONFIGS = {
     "diffusion_dpo": "DiffusionDPOConfig",
     "diffusion_sft": "DiffusionSFTConfig",
     "vlm_dpo": "VlmDPOConfig",
+    "vlm_qlora_ensemble": "VlmEnsembleConfig",
+    "vlm_sft": "VlmSFTConfig",
 }
 
 

@@ -25,19 +25,31 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
+    Qwen2Config,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+    SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SmolVLMImageProcessor,
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
 )
+from transformers.models.smolvlm import processing_smolvlm
 
 # peft 0.21 still asks a transformers model by the older name.
 PEFT_ON_TRANSFORMERS_5 = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -167,7 +179,10 @@ def _tokenizer(image_token: str = "<image>", more: Sequence[str] = ()) -> PreTra
 # Spelled often enough that each becomes one token.
 ANSWERS = ("Yes No yes no YES NO", "No no NO Yes yes YES", "Yes\nyes\nYES\nNo\nno\nNO\nA\nB\nC") * 8
 TILES = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
-FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "idefics3", "smolvlm")
+FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
+
+# SmolVLM's processor needs another library for the numbers of videos, of which there are none here.
+processing_smolvlm.num2words = processing_smolvlm.num2words or str
 
 
 def tiny_judge(folder: str | Path, family: str = "llava", *, seed: int = 0, **text: Any) -> str:
@@ -180,7 +195,9 @@ def tiny_judge(folder: str | Path, family: str = "llava", *, seed: int = 0, **te
     processor, model_class, config = {
         "llava": _llava,
         "llava_next": _llava_next,
+        "llava_onevision": _llava_onevision,
         "qwen2_5_vl": _qwen2_5_vl,
+        "qwen3_vl": _qwen3_vl,
         "idefics3": _idefics3,
         "smolvlm": _smolvlm,
     }[family](tokenizer, text)
@@ -188,6 +205,11 @@ def tiny_judge(folder: str | Path, family: str = "llava", *, seed: int = 0, **te
     model_class(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
+
+
+def tiny_vlm(folder: str | Path, family: str = "llava", *, seed: int = 0, **text: Any) -> str:
+    """As `tiny_judge`, with layers of 64 inputs: bitsandbytes on a CPU reads others in 4 bits wrongly."""
+    return tiny_judge(folder, family, seed=seed, **{"hidden_size": 64, "num_attention_heads": 8, **text})
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> dict[str, Any]:
@@ -260,6 +282,26 @@ def _llava_next(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tup
     return processor, LlavaNextForConditionalGeneration, config
 
 
+def _llava_onevision(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[Any, Any, Any]:
+    size = {"height": SIDE, "width": SIDE}
+    processor = LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=TILES),
+        tokenizer=tokenizer,
+        video_processor=LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=IMAGE_TOKENS,
+        vision_feature_select_strategy="full",
+        chat_template=CLOSED,
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**_vision(), vision_use_head=False),
+        text_config=Qwen2Config(**_text(tokenizer, **text)),
+        image_token_index=processor.image_token_id,
+        video_token_index=len(tokenizer) + 4,
+        image_grid_pinpoints=TILES,
+    )
+    return processor, LlavaOnevisionForConditionalGeneration, config
+
+
 def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[Any, Any, Any]:
     patches: dict[str, Any] = {"patch_size": PATCH, "temporal_patch_size": 2}
     pixels: dict[str, Any] = {"min_pixels": SIDE**2, "max_pixels": 4 * SIDE**2, "merge_size": 2, **patches}
@@ -275,7 +317,7 @@ def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tup
             "hidden_size": 16,
             "intermediate_size": 32,
             "num_heads": 2,
-            "out_hidden_size": 32,
+            "out_hidden_size": text.get("hidden_size", 32),
             "spatial_merge_size": 2,
             "window_size": 2 * PATCH * 2,
             "fullatt_block_indexes": [1],
@@ -292,6 +334,42 @@ def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tup
     return processor, Qwen2_5_VLForConditionalGeneration, config
 
 
+def _qwen3_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Features of two vision layers are added inside of the language model, behind its first two layers."""
+    patches: dict[str, Any] = {"patch_size": PATCH, "temporal_patch_size": 2}
+    pixels: dict[str, Any] = {"min_pixels": SIDE**2, "max_pixels": 4 * SIDE**2, "merge_size": 2, **patches}
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(merge_size=2, **patches),
+        chat_template=CLOSED.replace("<image>", "<|image_pad|>"),
+    )
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": text.get("hidden_size", 32),
+            "num_position_embeddings": IMAGE_TOKENS,
+            "deepstack_visual_indexes": [0, 1],
+            "initializer_range": 0.3,
+            **patches,
+        },
+        text_config=_text(
+            tokenizer,
+            num_hidden_layers=3,
+            head_dim=8,
+            rope_parameters={"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+            **text,
+        ),
+        image_token_id=processor.image_token_id,
+        video_token_id=len(tokenizer) + 4,
+        vision_start_token_id=len(tokenizer) + 5,
+    )
+    return processor, Qwen3VLForConditionalGeneration, config
+
+
 def _idefics3(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[Any, Any, Any]:
     return _tiled(tokenizer, text, Idefics3Config, Idefics3ForConditionalGeneration)
 
@@ -301,10 +379,7 @@ def _smolvlm(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> tuple[
 
 
 def _tiled(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any], *classes: Any) -> tuple[Any, Any, Any]:
-    """Both with SmolVLM's processor: Idefics3's own fails once control tokens are to be read as plain text.
-
-    It words numbers of videos with another library; without that one, set its `num2words` to anything.
-    """
+    """Both with SmolVLM's processor: Idefics3's own fails when control tokens are read as plain text."""
     sizes: dict[str, Any] = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
     processor = SmolVLMProcessor(
         image_processor=SmolVLMImageProcessor(**sizes),

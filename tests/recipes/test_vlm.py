@@ -1,4 +1,4 @@
-"""`recipes/vlm_dpo.py` as a user runs it: first losses, every option, what it saves, what it refuses."""
+"""`vlm_dpo.py` and `vlm_sft.py` as a user runs them: first losses, options, what they save and refuse."""
 
 import json
 import math
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from prefopt.errors import InputError
+from prefopt.reference import adapters_off
 from prefopt.vlm.models import ADAPTER_FILE, load_vlm
 
 pytestmark = pytest.mark.filterwarnings(PEFT_ON_TRANSFORMERS_5)
@@ -96,6 +97,8 @@ def test_full_fine_tuning_starts_at_ln_2_and_saves_a_model(setting: dict, bf16: 
         ({"loss_type": "robust", "label_smoothing": 0.2}, LN2),
         ({"label_smoothing": 0.2}, LN2),
         ({"max_length": 60}, LN2),
+        ({"shared_prefix": False}, LN2),
+        ({"row_tokens": 400}, LN2),
         ({"lora_dropout": 0.5, "lora_target_modules": ["q_proj"], "use_rslora": True}, LN2),
         ({"attn_implementation": "eager", "seed": 3}, LN2),
     ],
@@ -121,32 +124,111 @@ def test_losses_without_a_reference_start_at_the_hand_worked_value(setting, tmp_
     model, _ = load_vlm(setting["model_name_or_path"])
     with torch.no_grad():
         chosen, rejected = trainer.score(model.eval(), batch).scores.double().unbind(1)
-    tokens = batch["completion_mask"].sum(dim=1).double().view(2, 4)
-    expected = softplus(-(0.1 * (chosen / tokens[0] - rejected / tokens[1]) - 0.5)).mean()
+    tokens = batch["tokens"].double()
+    expected = softplus(-(0.1 * (chosen / tokens[:, 0] - rejected / tokens[:, 1]) - 0.5)).mean()
     if loss_type == "cpo":
-        expected = softplus(-0.1 * (chosen - rejected)).mean() - chosen.sum() / tokens[0].sum()
+        expected = softplus(-0.1 * (chosen - rejected)).mean() - chosen.sum() / tokens[:, 0].sum()
     assert logged(tmp_path)[0] == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_the_likelihood_of_cpo_is_the_same_under_any_split_of_the_step(setting, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["vlm_dpo", "vlm_sft"])
+def test_a_likelihood_is_the_same_under_any_split_of_the_step(setting, tmp_path, name: str) -> None:
     """Guards: a mean over tokens of each batch apart, which weighs short answers more in small batches.
 
-    Four rows a step: in one batch, in two, in four, and in two processes.
+    Four rows a step: in one batch, in two, in four, and in two processes; CPO's likelihood term, and SFT.
     """
+    loss = {"loss_type": "cpo"} if name == "vlm_dpo" else {}
     splits = {"whole": (4, 1), "two": (2, 2), "four": (1, 4)}
-    for name, (batch, accumulated) in splits.items():
+    for split, (batch, accumulated) in splits.items():
         options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
-        trainer = train(setting, tmp_path / name, loss_type="cpo", max_steps=3, **options)
+        trainer = running.train(setting, tmp_path / split, name, max_steps=3, **loss, **options)
     batch = trainer.data_collator([trainer.train_dataset[index, 0] for index in range(12)])
     assert batch["tokens"][:, 0].unique().numel() > 3, "or any weights would do"
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 3}
-    torchrun(RECIPE, setting | options | {"loss_type": "cpo", "output_dir": tmp_path / "processes"})
+    torchrun(f"recipes/{name}.py", setting | options | loss | {"output_dir": tmp_path / "processes"})
     config = json.loads((tmp_path / "processes" / "config.json").read_text())
     assert "2 a batch x 1 accumulated x 2 processes = 4 a step" in config["arithmetic"]
     whole = logged(tmp_path / "whole")
     assert len(set(whole)) == 3
-    for name in ("two", "four", "processes"):
-        assert logged(tmp_path / name) == pytest.approx(whole, abs=1e-5)
+    for split in ("two", "four", "processes"):
+        assert logged(tmp_path / split) == pytest.approx(whole, abs=1e-6)
+
+
+def test_sft_starts_at_the_base_s_loss_and_learns_the_chosen_answers(setting: dict, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launched = launch("recipes/vlm_sft.py", setting | {"output_dir": run}, tmp_path / "output")
+    assert launched.wait(300) == 0, launched.text()
+    assert "12 rows, the chosen side of each pair" in launched.text()
+    trainer = running.train(setting, tmp_path / "again", "vlm_sft", max_steps=1)
+    rows = [index for index, _ in list(trainer._get_train_sampler())[:4]]
+    batch = trainer.data_collator([trainer.train_dataset[index, 0] for index in rows])
+    model, _ = load_vlm(setting["model_name_or_path"])
+    with torch.no_grad():
+        scores = trainer.score(model.eval(), batch).scores
+    assert batch["tokens"].shape == scores.shape == (4, 1)
+    assert logged(run)[0] == pytest.approx(-(scores.sum() / batch["tokens"].sum()).item(), abs=1e-5)
+    assert logged(run)[1] < logged(run)[0]
+    again = PeftModel.from_pretrained(model, str(run))
+    assert any("lora_B" in name and value.abs().max() > 0 for name, value in again.named_parameters())
+
+
+def test_what_is_kept_changes_no_loss(setting: dict, tmp_path: Path, capsys) -> None:
+    """Guards: trl, ms-swift and LLaMA-Factory refuse to keep reference scores of rows with images."""
+    epochs = {
+        "max_steps": 6,
+        "vision_features": "cache",
+        "reference": "cache",
+        "cache_dir": str(tmp_path / "c"),
+    }
+    live = train(setting, tmp_path / "live", max_steps=6)
+    kept = train(setting, tmp_path / "kept", **epochs)
+    assert logged(tmp_path / "kept") == pytest.approx(logged(tmp_path / "live"), abs=1e-6)
+    batch = kept.data_collator([kept.train_dataset[i, 0] for i in range(3)])
+    assert "images" not in batch
+    assert batch["reference"].shape == (3, 2)
+    with torch.no_grad(), adapters_off(live.model) as model:
+        expected = live.score(model, live.data_collator([live.train_dataset[i, 0] for i in range(3)])).scores
+    torch.testing.assert_close(batch["reference"], expected, rtol=0, atol=1e-5)
+    shards = sorted((tmp_path / "c").rglob("*.safetensors"))
+    assert len(shards) == 2
+    written = [shard.stat().st_mtime_ns for shard in shards]
+    train(setting, tmp_path / "again", **epochs, beta=0.3)  # another beta shares what is kept
+    assert [shard.stat().st_mtime_ns for shard in sorted((tmp_path / "c").rglob("*.safetensors"))] == written
+    with pytest.raises(InputError, match=r"cache .* does not fit this run. max_length: None .*, 90"):
+        train(setting, tmp_path / "other", **epochs, max_length=90)
+
+
+def test_held_out_images_are_measured_and_not_trained_on(setting: dict, tmp_path: Path) -> None:
+    options = {"test_size": 0.25, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = running.train(setting, tmp_path, "vlm_sft", **options)
+    train_items, test_items = trainer.train_dataset.items, trainer.eval_dataset.items
+    assert len(test_items) == 3
+    assert sorted(train_items + test_items) == list(range(12))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(measured) == 2
+    with torch.no_grad():
+        batch = trainer.data_collator([trainer.eval_dataset[i, 0] for i in range(3)])
+        scores = trainer.score(trainer.model.eval(), batch).scores
+    assert measured[-1] == pytest.approx(-(scores.sum() / batch["tokens"].sum()).item(), abs=1e-4)
+    with pytest.raises(InputError, match="--eval_strategy measures examples that are held out"):
+        running.train(setting, tmp_path / "other", "vlm_sft", eval_strategy="steps")
+
+
+def test_a_model_that_cannot_share_prompts_says_why(
+    setting: dict, tmp_path: Path, caplog, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        "prefopt.vlm.training.unshareable", lambda config: "its attention slides over 8 tokens"
+    )
+    trainer = train(setting, tmp_path)
+    assert "a prompt of its own: its attention slides over 8 tokens" in caplog.text
+    assert "attention_mask" in trainer.data_collator([trainer.train_dataset[0, 0]])
+    assert logged(tmp_path)[0] == pytest.approx(LN2, abs=1e-6)
+    with pytest.raises(
+        InputError, match=r"need shared prefixes, and .* cannot have them: its attention slides"
+    ):
+        train(setting, tmp_path / "cache", vision_features="cache")
 
 
 def test_activation_checkpointing_changes_no_loss(setting: dict, tmp_path: Path) -> None:
@@ -186,7 +268,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(setting: dict, tmp_path: Path) -
         ({"max_length": 0}, "--max_length is 0"),
         ({"beta": 0.0}, "--beta is 0"),
         ({"label_smoothing": 0.5}, "--label_smoothing is 0.5"),
-        ({"reference": "cache"}, "--reference cache"),
+        ({"reference": "cache", "loss_type": "cpo"}, "--reference cache: this objective has no reference"),
+        ({"vision_features": "cache", "use_peft": False}, "--vision_features cache"),
+        ({"row_tokens": 900, "shared_prefix": False}, "need shared prefixes"),
         ({"use_peft": False, "dtype": "bfloat16"}, "--dtype bfloat16"),
         ({"adapter_name_or_path": "./nowhere"}, "there is no ./nowhere"),
         ({"lora_target_modules": ["nothing"]}, "nothing"),

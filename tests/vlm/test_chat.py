@@ -1,19 +1,18 @@
-"""From rows to batches: what is scored, where the images go, and which rows are refused."""
+"""From messages to tokens and batches: what is scored, where the images go, and which rows are refused."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
-from PIL import Image as PicturesImage
+from datasets import Dataset
 from tiny_vlm import CLOSED, IMAGE_TOKENS, LLAVA_1_5, picture, tiny_llava, vision_pairs
 from transformers import AutoProcessor, ProcessorMixin
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from prefopt.errors import InputError
-from prefopt.vlm.chat import PairCollator, completion_ids, render
-from prefopt.vlm.pairs import VisionPairs, read_vision_pairs
+from prefopt.vlm.batches import Collator
+from prefopt.vlm.chat import Encoder, completion_ids, render
+from prefopt.vlm.examples import VisionExamples
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +25,8 @@ def processors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ProcessorM
     }
 
 
-def pairs(rows: list[dict] | Dataset) -> VisionPairs:
-    return VisionPairs(rows if isinstance(rows, Dataset) else Dataset.from_list(rows), "rows")
+def pairs(rows: list[dict] | Dataset) -> VisionExamples:
+    return VisionExamples(rows if isinstance(rows, Dataset) else Dataset.from_list(rows), "rows", "pairs")
 
 
 def row(**changes: Any) -> dict:
@@ -39,36 +38,36 @@ def row(**changes: Any) -> dict:
     } | changes
 
 
-def scored(processor: Any, batch: dict[str, torch.Tensor]) -> list[str]:
-    """What the completion mask covers, as text."""
-    rows = zip(batch["input_ids"], batch["completion_mask"].bool(), strict=True)
-    return [processor.tokenizer.decode(ids[mask]) for ids, mask in rows]
+def scored(processor: Any, batch: dict[str, Any]) -> list[str]:
+    """What is scored of each completion, as text."""
+    count = batch["tokens"].numel()
+    return [processor.tokenizer.decode(batch["targets"][batch["owner"] == number]) for number in range(count)]
 
 
 @pytest.mark.parametrize("template", ["closed", "llava-1.5"])
-def test_mask_covers_the_completion_and_nothing_else(processors: dict, template: str) -> None:
+def test_the_completion_is_scored_and_nothing_else(processors: dict, template: str) -> None:
     """Guards against labels that are not aligned with the target."""
     processor, table = processors[template], vision_pairs()
     examples = pairs(table)
-    batch = PairCollator(processor)([examples[i, 0] for i in range(len(table))])
-    for side, texts in zip(
-        ("chosen", "rejected"), (scored(processor, batch)[:12], scored(processor, batch)[12:]), strict=True
-    ):
-        assert texts == [f" {content[0]['content']}</s>" for content in table[side]]
-    assert (batch["attention_mask"] >= batch["completion_mask"]).all()
+    batch = Collator(processor)([examples[i, 0] for i in range(len(table))])
+    texts = [f" {table[i][side][0]['content']}</s>" for i in range(12) for side in ("chosen", "rejected")]
+    assert scored(processor, batch) == texts
+    following = batch["input_ids"].flatten()[batch["places"] + 1]  # in a plain batch, the token itself
+    assert torch.equal(following, batch["targets"])
+    assert batch["tokens"].sum() == len(batch["targets"])
     assert batch["item"].tolist() == list(range(12))
 
 
 def test_eos_of_an_open_template_is_in_the_loss_and_bos_is_read(processors: dict) -> None:
     """Guards against LLaVA-1.5's template, which has neither, so that the stop token is never learned."""
     tokenizer = processors["llava-1.5"].tokenizer
-    batch = PairCollator(processors["llava-1.5"])([pairs(vision_pairs())[i, 0] for i in range(4)])
-    last = batch["attention_mask"].sum(dim=1) - 1
-    rows = torch.arange(len(last))
-    assert (batch["input_ids"][rows, last] == tokenizer.eos_token_id).all()
-    assert (batch["completion_mask"][rows, last] == 1).all()
+    batch = Collator(processors["llava-1.5"])([pairs(vision_pairs())[i, 0] for i in range(4)])
+    last = torch.stack([batch["targets"][batch["owner"] == number][-1] for number in range(8)])
+    assert (last == tokenizer.eos_token_id).all()
+    ends = batch["input_ids"][torch.arange(8), batch["attention_mask"].sum(dim=1) - 1]
+    assert (ends == tokenizer.eos_token_id).all()
     assert (batch["input_ids"][:, 0] == tokenizer.bos_token_id).all()
-    assert (batch["input_ids"] == tokenizer.bos_token_id).sum() == len(last)  # once in each
+    assert (batch["input_ids"] == tokenizer.bos_token_id).sum() == 8  # once in each
 
 
 def test_templates_that_close_their_turn_get_no_second_end(processors: dict) -> None:
@@ -78,14 +77,19 @@ def test_templates_that_close_their_turn_get_no_second_end(processors: dict) -> 
     assert tokenizer.decode(completion_ids(tokenizer, "ASSISTANT:", " It is. ")) == " It is.</s>"
 
 
-def test_batches_are_trl_s_where_the_template_is_complete(processors: dict) -> None:
+def test_plain_batches_are_trl_s_where_the_template_is_complete(processors: dict) -> None:
     table = vision_pairs()
-    ours = PairCollator(processors["closed"])([pairs(table)[i, 0] for i in range(6)])
+    ours = Collator(processors["closed"])([pairs(table)[i, 0] for i in range(6)])
     theirs = DataCollatorForVisionPreference(processors["closed"])([table[i] for i in range(6)])
-    read = theirs["attention_mask"].bool()  # trl pads completions with EOS where PAD is token 0
-    assert torch.equal(ours["input_ids"][read], theirs["input_ids"][read])
-    for name in ("attention_mask", "completion_mask", "pixel_values"):
-        assert torch.equal(ours[name], theirs[name])
+    order = [*range(0, 12, 2), *range(1, 12, 2)]  # trl has all chosen first
+    read = [theirs["input_ids"][i][theirs["attention_mask"][i].bool()] for i in range(12)]
+    completions = [theirs["input_ids"][i][theirs["completion_mask"][i].bool()] for i in range(12)]
+    for theirs_at, number in enumerate(order):
+        ids, mask = ours["input_ids"][number], ours["attention_mask"][number].bool()
+        assert torch.equal(ids[mask], read[theirs_at])
+        assert torch.equal(ours["targets"][ours["owner"] == number], completions[theirs_at])
+    pixels = torch.cat([ours["images"][number]["pixel_values"] for number in ours["shown"]])
+    assert torch.equal(pixels[order], theirs["pixel_values"])
 
 
 @pytest.mark.parametrize(
@@ -99,8 +103,8 @@ def test_batches_are_trl_s_where_the_template_is_complete(processors: dict) -> N
 )
 def test_every_way_to_write_a_prompt_reads_alike(processors: dict, prompt: Any) -> None:
     example = pairs([row(prompt=prompt)])[0, 0]
-    text = "<s>USER: <image>\nWhat is it? ASSISTANT:"
-    assert render(processors["closed"], example) == (text, " A cat.</s>", " A dog.</s>")
+    answers = [[(" A cat.</s>", True)], [(" A dog.</s>", True)]]
+    assert render(processors["closed"], example) == ("<s>USER: <image>\nWhat is it? ASSISTANT:", answers)
 
 
 def test_several_images_go_where_their_placeholders_are(processors: dict) -> None:
@@ -111,97 +115,27 @@ def test_several_images_go_where_their_placeholders_are(processors: dict) -> Non
         {"role": "user", "content": "Is <image> the same?"},
     ]
     example = pairs([row(prompt=turns, images=[picture(1), picture(2)])])[0, 0]
-    batch = PairCollator(processors["closed"])([example])
-    assert batch["pixel_values"].shape[0] == 4  # two images, for the chosen and for the rejected side
+    batch = Collator(processors["closed"])([example])
+    assert batch["images"][0]["pixel_values"].shape[0] == 2
+    assert batch["counts"] == [2]
+    assert batch["shown"] == [0, 0]  # before either answer
     assert (batch["input_ids"][0] == processors["closed"].image_token_id).sum() == 2 * IMAGE_TOKENS
 
 
-def test_a_row_without_images_trains_on_text_beside_one_with(processors: dict) -> None:
-    examples = pairs([row(), row(images=[])])
-    batch = PairCollator(processors["closed"])([examples[0, 0], examples[1, 0]])
-    assert batch["pixel_values"].shape[0] == 2
-    assert (batch["input_ids"][[1, 3]] == processors["closed"].image_token_id).sum() == 0
-    assert "pixel_values" not in PairCollator(processors["closed"])([examples[1, 0]])
-
-
 def test_max_length_cuts_the_completion_and_never_an_image(processors: dict) -> None:
-    """Guards against truncation that leaves pixels without their placeholder tokens."""
+    """Guards against truncation that leaves pixels without their placeholders (trl #5283, #5285, #5881)."""
     processor, example = processors["closed"], pairs([row(chosen="Perhaps it is a cat.")])[0, 0]
-    whole = PairCollator(processor)([example])
-    prompt = int((whole["attention_mask"] - whole["completion_mask"])[0].sum())
-    short = PairCollator(processor, max_length=prompt + 3)([example])
-    assert short["completion_mask"].sum(dim=1).tolist() == [3, 3]
-    assert torch.equal(short["input_ids"], whole["input_ids"][:, : prompt + 3])
-    with pytest.raises(InputError, match=rf"row 0.* {prompt} tokens.* max_length {prompt}"):
-        PairCollator(processor, max_length=prompt)([example])
+    whole = Encoder(processor)(example)
+    prompt = len(whole.prompt.ids)
+    short = Encoder(processor, max_length=prompt + 3)(example)
+    assert short.prompt.ids == whole.prompt.ids
+    assert [one.ids for one in short.completions] == [one.ids[:3] for one in whole.completions]
+    with pytest.raises(
+        InputError, match=rf"row 0.* {prompt} tokens, {IMAGE_TOKENS} of them for images.* max_length {prompt}"
+    ):
+        Encoder(processor, max_length=prompt)(example)
     with pytest.raises(InputError, match=r"row 0: chosen and rejected are the same 1 tokens"):
-        PairCollator(processor, max_length=prompt + 1)([example])
-
-
-def test_ties_are_dropped_and_counted_and_rows_keep_their_numbers() -> None:
-    examples = pairs([row(), row(rejected="A cat. "), row(chosen="A cow.")])
-    assert examples.items == [0, 2]
-    assert str(examples) == "rows: 2 rows (dropped: 1 tie)"
-    assert examples[1, 0]["where"] == "rows: row 2"
-    with pytest.raises(InputError, match="all of its 2 rows are ties"):
-        pairs([row(rejected="A cat."), row(rejected="A cat.")])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]},
-            "0 image placeholders.*1 images",
-        ),
-        ({"images": [], "prompt": "<image>\nWhat?"}, "1 image placeholders.*0 images"),
-        ({"images": [picture(1)] * 2, "prompt": "<image>\nWhat?"}, "1 image placeholders.*2 images"),
-        ({"chosen": " "}, "row 1, chosen is empty"),
-        ({"rejected": ""}, "row 1, rejected is empty"),
-        ({"chosen": "<image>"}, "row 1, chosen holds an image placeholder"),
-        ({"chosen": None}, "row 1, chosen is None"),
-        ({"chosen": [{"role": "user", "content": "A cat."}]}, "row 1, chosen is a message of 'user'"),
-        ({"prompt": [{"role": "robot", "content": "What?"}]}, "row 1, prompt has a message of 'robot'"),
-        (
-            {"prompt": [{"role": "assistant", "content": "What?"}]},
-            "row 1, prompt ends with a message of 'assistant'",
-        ),
-        ({"prompt": []}, r"row 1, prompt is \[\]"),
-    ],
-)
-def test_broken_rows_are_named_before_training(changes: dict, message: str) -> None:
-    """Guards against images that go nowhere: a trainer must not read past them."""
-    good = row()
-    for name in ("prompt", "chosen", "rejected"):  # one column holds one type
-        if isinstance(changes.get(name), list):
-            good[name] = [{"role": "assistant" if name == "chosen" else "user", "content": good[name]}]
-            if changes[name] and isinstance(changes[name][0]["content"], list):
-                good[name][0]["content"] = [{"type": "image"}, {"type": "text", "text": "What?"}]
-    with pytest.raises(InputError, match=message):
-        pairs([good, good | changes])
-
-
-def test_missing_columns_are_named() -> None:
-    with pytest.raises(InputError, match=r"no column 'rejected' and no column 'images'.*'prompt', 'chosen'"):
-        pairs([{"prompt": "What?", "chosen": "A cat."}])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"no image", "cannot be decoded"), (b"", "0 bytes"), (None, "1 x 1 pixels")]
-)
-def test_images_that_are_none_are_named(content: bytes | None, message: str, tmp_path: Path) -> None:
-    if content is None:
-        file = tmp_path / "dot.png"
-        picture(0).resize((1, 1)).save(file)
-        content = file.read_bytes()
-    features = Features(
-        images=List(Image()), prompt=Value("string"), chosen=Value("string"), rejected=Value("string")
-    )
-    broken = Dataset.from_list([row(images=[{"bytes": content, "path": None}])], features=features)
-    examples = pairs(concatenate_datasets([Dataset.from_list([row()], features=features), broken]))
-    assert examples[0, 0]["images"][0].mode == "RGB"
-    with pytest.raises(InputError, match=rf"rows: row 1.*{message}"):
-        examples[1, 0]
+        Encoder(processor, max_length=prompt + 1)(example)
 
 
 def test_a_template_that_leaves_images_out_is_refused(processors: dict) -> None:
@@ -214,34 +148,39 @@ def test_a_template_that_leaves_images_out_is_refused(processors: dict) -> None:
         chat_template=CLOSED.replace("<image>", ""),
     )
     with pytest.raises(InputError, match="row 0 has 1 images, but the chat template writes 0 placeholders"):
-        PairCollator(blind)([pairs([row()])[0, 0]])
+        Collator(blind)([pairs([row()])[0, 0]])
 
 
-def test_tables_are_read_from_folders_and_one_image_columns(tmp_path: Path) -> None:
-    vision_pairs().save_to_disk(tmp_path / "arrow")
-    (tmp_path / "parquet").mkdir()
-    single = [row(image=picture(i)) for i in range(3)]
-    for one in single:
-        del one["images"]
-    Dataset.from_list(single).to_parquet(tmp_path / "parquet" / "train.parquet")
-    assert len(read_vision_pairs(str(tmp_path / "arrow"))) == 12
-    examples = read_vision_pairs(str(tmp_path / "parquet"))
-    assert [len(examples[i, 0]["images"]) for i in range(3)] == [1, 1, 1]
-    assert examples[2, 0]["images"][0].getpixel((0, 0)) == picture(2).getpixel((0, 0))
-    with pytest.raises(InputError, match="nowhere"):
-        read_vision_pairs(str(tmp_path / "nowhere"))
-
-
-def test_transparent_parts_of_a_picture_are_white() -> None:
-    """Guards: alpha that is dropped, so that the model is shown colours that nobody sees."""
-    clear = PicturesImage.new("RGBA", (16, 16), (255, 0, 0, 0))
-    assert pairs([row(images=[clear])])[0, 0]["images"][0].getpixel((0, 0)) == (255, 255, 255)
+def test_a_template_that_rewrites_earlier_turns_cannot_score_several_answers(processors: dict) -> None:
+    """As templates do that drop an earlier answer's thoughts."""
+    processor = processors["closed"]
+    forgetful = type(processor)(
+        image_processor=processor.image_processor,
+        tokenizer=processor.tokenizer,
+        patch_size=processor.patch_size,
+        chat_template="{% set last = messages | length - 1 %}"
+        + CLOSED.replace(
+            "{{ c['text'] +", "{{ (c['text'] if loop.length and messages[last] == m else c['text'][:3]) +"
+        ),
+    )
+    turns = [("assistant", "A cat."), ("user", "Where?"), ("assistant", "There.")]
+    table = Dataset.from_list(
+        [
+            {
+                "images": [picture(1)],
+                "messages": [
+                    {"role": role, "content": text} for role, text in [("user", "What is it?"), *turns]
+                ],
+            }
+        ]
+    )
+    example = VisionExamples(table, "rows", "sft")[0, 0]
+    assert len(Encoder(processor)(example).completions[0].ids) > 10
+    with pytest.raises(InputError, match="writes earlier turns otherwise"):
+        Encoder(forgetful)(example)
 
 
 def test_soft_labels_are_in_the_batch(processors: dict) -> None:
-    rows = [row(p_chosen=0.7), row(p_chosen=1.0)]
-    examples = pairs(rows)
-    batch = PairCollator(processors["closed"])([examples[i, 0] for i in range(2)])
+    examples = pairs([row(p_chosen=0.7), row(p_chosen=1.0)])
+    batch = Collator(processors["closed"])([examples[i, 0] for i in range(2)])
     assert batch["p_chosen"].tolist() == pytest.approx([0.7, 1.0])
-    with pytest.raises(InputError, match=r"row 0.*p_chosen"):
-        pairs([row(p_chosen=1.7)])[0, 0]

@@ -1,20 +1,29 @@
-"""Loading a VLM, and LoRA that stays on its language model."""
+"""Loading a VLM of each family, LoRA that stays on its language model, and adapters of other models."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import running
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_vlm import PEFT_ON_TRANSFORMERS_5, tiny_llava
+from tiny_vlm import FAMILIES, PEFT_ON_TRANSFORMERS_5, picture, tiny_judge, tiny_llava, vision_pairs
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from prefopt.config import LoraArguments
 from prefopt.errors import InputError
 from prefopt.reference import adapters_off
-from prefopt.vlm.models import ADAPTER_FILE, add_lora, check_saved_adapter, load_vlm, start_from_lora
+from prefopt.vlm.models import (
+    ADAPTER_FILE,
+    add_lora,
+    check_saved_adapter,
+    language_model_name,
+    load_vlm,
+    start_from_lora,
+)
 
 pytestmark = pytest.mark.filterwarnings(PEFT_ON_TRANSFORMERS_5)
 
@@ -24,8 +33,60 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_llava(tmp_path_factory.mktemp("llava"))
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {family: tiny_judge(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
 def adapted(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+def trained(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The model with an adapter whose factors are not zero, saved to a folder."""
+    policy = add_lora(model, LoraArguments(lora_r=4))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    policy.save_pretrained(folder)
+    return policy.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_is_on_the_language_model_of_each_family(folders: dict, family: str, tmp_path: Path) -> None:
+    """Guards against names that also match a layer of the vision tower, and of Qwen3-VL's deepstack."""
+    model, processor = load_vlm(folders[family])
+    name = language_model_name(model)
+    assert name == {"idefics3": "model.text_model", "smolvlm": "model.text_model"}.get(
+        family, "model.language_model"
+    )
+    assert model.get_submodule(name).config.model_type == model.config.get_text_config().model_type
+    assert processor.chat_template is not None
+    text = f"<s>{processor.image_token} What animal is it?"
+    inputs = processor(text=[text], images=[[picture(1)]], add_special_tokens=False, return_tensors="pt")
+    base = model.eval()(**inputs).logits
+
+    policy = trained(model, tmp_path)
+    layers = model.config.get_text_config().num_hidden_layers
+    assert len(adapted(policy)) == layers * 7 * 2  # A and B
+    assert all(one.startswith(f"base_model.model.{name}.layers.") for one in adapted(policy))
+    beside = ("vision", "visual", "projector", "merger", "connector", "lm_head")
+    assert not any(part in one for one in adapted(policy) for part in beside)
+    expected = policy(**inputs).logits
+    assert not torch.equal(expected, base)
+
+    again = start_from_lora(load_vlm(folders[family])[0], str(tmp_path)).eval()
+    assert torch.equal(again(**inputs).logits, expected)
+    with adapters_off(again):
+        assert torch.equal(again(**inputs).logits, expected)
+
+
+def test_a_language_model_that_holds_the_vision_tower_is_refused(llava: str, monkeypatch) -> None:
+    """transformers hands over the whole body where it knows no name of the language model."""
+    model, _ = load_vlm(llava)
+    monkeypatch.setattr(type(model), "get_decoder", lambda model: model.model)
+    with pytest.raises(InputError, match="LlavaForConditionalGeneration does not tell its language model"):
+        add_lora(model, LoraArguments())
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"], ["fc1", "q_proj", "linear_1"]])
@@ -122,3 +183,57 @@ def test_an_adapter_of_another_model_is_an_input_error(llava: str, tmp_path: Pat
     save_file({name: value[:, :3].contiguous() for name, value in written.items()}, tmp_path / ADAPTER_FILE)
     with pytest.raises(InputError, match="does not fit"):
         start_from_lora(load_vlm(llava)[0], str(tmp_path))
+
+
+def test_an_adapter_of_other_shapes_says_which(llava: str, tmp_path: Path) -> None:
+    wider = tiny_judge(tmp_path / "wider", hidden_size=64)
+    trained(load_vlm(wider)[0], tmp_path / "adapter")
+    model, _ = load_vlm(llava)
+    with pytest.raises(InputError, match=r"does not fit .*: it was trained on .*wider.*base_model_name_or"):
+        start_from_lora(model, str(tmp_path / "adapter"))
+    rename_base(tmp_path / "adapter", llava)
+    with pytest.raises(InputError, match=r"does not fit .*: .*size mismatch for .*lora_A.*\[4, 64\]"):
+        start_from_lora(load_vlm(llava)[0], str(tmp_path / "adapter"))
+
+
+def rename_base(adapter: Path, base: str) -> None:
+    """Change what an adapter says it was trained on."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+
+
+def test_an_adapter_of_another_base_is_refused_unless_it_can_be_the_same(llava: str, tmp_path: Path) -> None:
+    """Guards: an adapter on a model of the same shapes, whose weights are other ones."""
+    other = tiny_llava(tmp_path / "other" / "model", seed=1)
+    trained(load_vlm(other)[0], tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"trained on .*/other/model\. Name that model; or"):
+        start_from_lora(load_vlm(llava)[0], str(tmp_path / "adapter"))
+    for moved in ("/gone/" + Path(llava).name, "somebody/" + Path(llava).name):
+        rename_base(tmp_path / "adapter", moved)
+        start_from_lora(load_vlm(llava)[0], str(tmp_path / "adapter"))
+    rename_base(tmp_path / "adapter", "somebody/another-model")
+    with pytest.raises(InputError, match="trained on somebody/another-model"):
+        start_from_lora(load_vlm(llava)[0], str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"its adapter_config\.json cannot be read"):
+        start_from_lora(load_vlm(llava)[0], str(tmp_path / "adapter"))
+
+
+def test_an_adapter_on_the_vision_tower_is_refused(llava: str, tmp_path: Path) -> None:
+    everywhere = get_peft_model(load_vlm(llava)[0], LoraConfig(r=4, target_modules=["q_proj"]))
+    everywhere.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"has 2 layers outside of the language model, model\.vision_tower"):
+        start_from_lora(load_vlm(llava)[0], str(tmp_path))
+
+
+def test_a_run_that_saved_no_tensors_fails(llava: str, tmp_path: Path, monkeypatch) -> None:
+    """Guards: adapters saved as empty files, which nobody noticed until they were averaged."""
+    vision_pairs(2).save_to_disk(tmp_path / "pairs")
+
+    def save_nothing(model: PeftModel, folder: Path, **_) -> None:
+        save_file({}, Path(folder) / ADAPTER_FILE)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_nothing)
+    options = {"model_name_or_path": llava, "dataset_name": str(tmp_path / "pairs"), "max_steps": 1}
+    with pytest.raises(RuntimeError, match="the file holds no tensors"):
+        running.train(options, tmp_path / "run", "vlm_dpo", save_strategy="no")

@@ -1,0 +1,245 @@
+"""Vision-language examples, read from a table and checked: a broken row is an InputError that names it.
+
+All texts, the numbers of images and the paths of those that lie in files are checked at the start; the images
+stay encoded until an example is read.
+"""
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import datasets
+import torch
+from PIL import Image
+
+from prefopt import pocket
+from prefopt.errors import InputError
+from prefopt.files import content_key
+from prefopt.records import check_p_chosen, load, table_folder
+from prefopt.vlm.cells import encoded_images, image_column, image_places, open_picture
+from prefopt.vlm.formats import UNREAD, Kind, find_format, json_file, read_json
+from prefopt.vlm.messages import PLACEHOLDER, check_completion, place_images, text_of
+
+BATCH = 128  # rows that are read at once, for their hashes with their encoded images
+
+
+class VisionExample(TypedDict):
+    """One checked row: messages whose contents are lists of blocks."""
+
+    item: int  # the row's number in its source
+    where: str  # what an error calls the row
+    images: list[Image.Image]  # RGB, upright
+    image_key: str  # of the encoded images in their order; "" without images
+    prompt: list[dict]  # with an image block for each image; ends with the user's message
+    completions: list[list[dict]]  # [chosen, rejected], or one; texts, the first and last the assistant's
+    p_chosen: float | None  # how likely the chosen is the better one, if the table says so
+
+
+class VisionExamples(torch.utils.data.Dataset):
+    """Checked rows of a table, indexed with (index, visit); nothing is random, so all visits are alike.
+
+    `kind` says whether an example is a pair or one completion to learn from; the columns show the format. A
+    pair with the same text on both sides is a tie: dropped and counted in `dropped`. `items` are the numbers
+    of the rows that are kept.
+    """
+
+    def __init__(self, rows: datasets.Dataset, source: str, kind: Kind, *, image_token: str = PLACEHOLDER):
+        self.source, self.kind, self.image_token = source, kind, image_token
+        self.folder = Path(source).resolve() if Path(source).is_dir() else None
+        self.format = find_format(rows.column_names, kind, source)
+        self.column = image_column(rows, source)
+        self.soft_labels = kind == "pairs" and "p_chosen" in rows.column_names
+        more = (*self.format.optional, *UNREAD, *(["p_chosen"] if self.soft_labels else []))
+        self.texts = [*self.format.columns, *(name for name in more if name in rows.column_names)]
+        self.json = {name: rows.features[name] for name in self.texts if _holds_json(rows.features[name])}
+        # Arrow's cells are the encoded bytes; a cast to undecoded images would copy the whole table.
+        self.rows = rows.select_columns([self.column, *self.texts]).with_format("arrow")
+        self.items: list[int] = []
+        self.dropped: Counter[str] = Counter()
+        self._hashes: list[tuple[str, ...]] | None = None
+        self._identity: dict[str, str] | None = None
+        for item, (row, images) in enumerate(self._read_texts()):
+            self._check_places(images, item)
+            if self.soft_labels:
+                check_p_chosen(row["p_chosen"], self.where(item))
+            _, completions = self._messages(row, len(images), item)
+            if kind == "pairs" and text_of(completions[0]) == text_of(completions[1]):
+                self.dropped["tie"] += 1
+            else:
+                self.items.append(item)
+        if not self.items:
+            raise InputError(
+                f"{source}: all of its {len(rows)} rows are ties, with the same text on both sides"
+            )
+
+    def __str__(self) -> str:
+        side = "" if self.kind == self.format.kind else ", the chosen side of each pair"
+        dropped = f" (dropped: {self.dropped['tie']} tie)" if self.dropped else ""
+        return f"{self.source}: {len(self)} rows{side}{dropped}"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index_and_visit: tuple[int, int]) -> VisionExample:
+        index = index_and_visit[0]
+        item = self.items[index]
+        table: Any = self.rows[item]
+        row, where = self._decoded(table.to_pylist()[0]), self.where(item)
+        contents = encoded_images(row[self.column], f"{where}, {self.column}", self.folder)
+        hashes = tuple(map(content_key, contents))
+        if self._hashes and hashes != self._hashes[index]:
+            raise InputError(f"{where}: an image has changed since the table was read; start again")
+        prompt, completions = self._messages(row, len(contents), item)
+        return VisionExample(
+            item=item,
+            where=where,
+            images=[open_picture(content, f"{where}, {self.column}") for content in contents],
+            image_key=_joined(hashes),
+            prompt=prompt,
+            completions=completions,
+            p_chosen=row["p_chosen"] if self.soft_labels else None,
+        )
+
+    def where(self, item: int) -> str:
+        """What an error calls a row."""
+        return f"{self.source}: row {item}"
+
+    def select(self, indices: Sequence[int]) -> "VisionExamples":
+        """Some of these examples; they keep the numbers of their rows."""
+        part = copy.copy(self)
+        part.items, part.dropped = [self.items[index] for index in indices], Counter()
+        part._hashes = [self._hashes[index] for index in indices] if self._hashes else None
+        part._identity = None
+        return part
+
+    # What is computed once, over all examples
+
+    def image_hashes(self) -> list[tuple[str, ...]]:
+        """Of each example, the SHA-256 of every encoded image."""
+        if self._hashes is None:
+            kept, hashes, item = set(self.items), {}, 0
+            for batch in self.rows.select_columns([self.column]).iter(BATCH):
+                table: Any = batch
+                for cell in table[self.column].to_pylist():
+                    if item in kept:
+                        contents = encoded_images(cell, f"{self.where(item)}, {self.column}", self.folder)
+                        hashes[item] = tuple(map(content_key, contents))
+                    item += 1
+            self._hashes = [hashes[item] for item in self.items]
+        return self._hashes
+
+    def image_keys(self) -> list[str]:
+        """Of each example, its `image_key`: one image's SHA-256, or the SHA-256 over those of several."""
+        return [_joined(hashes) for hashes in self.image_hashes()]
+
+    def conversations(self) -> list[tuple[list[dict], list[list[dict]]]]:
+        """Of each example, its prompt and its completions."""
+        kept = set(self.items)
+        found = {
+            item: self._messages(row, len(images), item)
+            for item, (row, images) in enumerate(self._read_texts())
+            if item in kept
+        }
+        return [found[item] for item in self.items]
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What the examples depend on, for what is computed from them and kept: their texts and images."""
+        if self._identity is None:
+            rows = zip(self.image_hashes(), self.conversations(), strict=True)
+            self._identity = {"rows": content_key("\n".join(content_key(json.dumps(row)) for row in rows))}
+        return self._identity
+
+    # Rows
+
+    def _read_texts(self) -> Iterator[tuple[dict, list[str | bool]]]:
+        """Each row's texts, and the places of its images, which stay where they are."""
+        for batch in self.rows.iter(BATCH):
+            table: Any = batch
+            texts = table.select(self.texts).to_pylist()
+            yield from zip(map(self._decoded, texts), image_places(table[self.column]), strict=True)
+
+    def _decoded(self, row: dict) -> dict:
+        return row | {name: _from_json(row[name], feature) for name, feature in self.json.items()}
+
+    def _messages(self, row: dict, images: int, item: int) -> tuple[list[dict], list[list[dict]]]:
+        where, token = self.where(item), self.image_token
+        for name in UNREAD:
+            if row.get(name) not in (None, "", "[]", []):
+                raise InputError(f"{where} has {name}, which are not read; drop the row or the column")
+        found = self.format.read(row, self.format.columns, where)
+        prompt_name, *names = [f"{where}, {name}" for name in found.names]
+        prompt = place_images(found.prompt, images, prompt_name, token)
+        count = 2 if self.kind == "pairs" else 1
+        sides = zip(found.completions[:count], names[:count], strict=True)
+        turns = self.kind == "sft"
+        return prompt, [check_completion(side, name, token, turns=turns) for side, name in sides]
+
+    def _check_places(self, images: list[str | bool], item: int) -> None:
+        for place in images:
+            if not place:
+                raise InputError(f"{self.where(item)}, {self.column} has a cell without an image")
+            if isinstance(place, str) and self.folder and not Path(self.folder, place).is_file():
+                raise InputError(f"{self.where(item)}, {self.column} points to {place}, which is not there")
+
+
+def read_vision_examples(
+    source: str,
+    kind: Kind,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    image_token: str = PLACEHOLDER,
+) -> VisionExamples:
+    """The examples of a local folder or a hub id, in any format of `prefopt.vlm.formats`.
+
+    A folder may hold a .json or .jsonl file for each split instead of tables, with the pictures that it names
+    in the same folder or below. `pocket` has questions with answers, in the splits train and test.
+    `image_token` is how the processor spells an image in text.
+    """
+    if source == pocket.NAME:
+        return VisionExamples(_pocket_rows(kind, split), source, kind, image_token=image_token)
+    source = table_folder(source, config)
+    file = json_file(Path(source), split) if Path(source).is_dir() else None
+    rows = read_json(file) if file else load(source, split=split, config=config, revision=revision)
+    return VisionExamples(rows, source, kind, image_token=image_token)
+
+
+def _pocket_rows(kind: Kind, split: str) -> datasets.Dataset:
+    if kind == "pairs":
+        raise InputError(
+            "the pocket has questions with answers, and no pairs of them: make some with "
+            "data_builders/self_critique.py, and name its folder with --dataset_name"
+        )
+    from prefopt.pocket.questions import qa_rows  # it draws, which nobody else needs
+
+    return qa_rows(split)  # pyright: ignore[reportArgumentType] (it refuses a split that it does not have)
+
+
+def _joined(hashes: tuple[str, ...]) -> str:
+    return hashes[0] if len(hashes) == 1 else content_key(" ".join(hashes)) if hashes else ""
+
+
+def _holds_json(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_holds_json, feature.values()))
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _holds_json(feature.feature)
+    return isinstance(feature, datasets.Json)
+
+
+def _from_json(value: Any, feature: Any) -> Any:
+    """A cell with the values that datasets stores as JSON decoded."""
+    if value is None:
+        return None
+    if isinstance(feature, datasets.Json):
+        return json.loads(value)
+    if isinstance(feature, dict):
+        return {name: _from_json(value[name], kind) for name, kind in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return [_from_json(part, feature.feature) for part in value]
+    return value

@@ -1,0 +1,213 @@
+"""Formats of vision-language tables, and how a row of each becomes a conversation with checked messages.
+
+A format is recognised by its columns: the first of these whose columns are all there. Beside them stands
+`images`, a list, or `image`, a single one or a list; a row without images is text alone.
+
+| columns                                     | format                                         | read as    |
+|---------------------------------------------|------------------------------------------------|------------|
+| prompt, chosen, rejected                    | trl preference                                 | pairs, sft |
+| question, chosen, rejected                  | RLAIF-V                                        | pairs, sft |
+| conversations or messages, chosen, rejected | LLaMA-Factory ShareGPT preference              | pairs, sft |
+| chosen, rejected                            | trl preference without a prompt: both sides    | pairs, sft |
+|                                             | are whole conversations that begin alike       |            |
+| prompt, completion                          | trl prompt and completion                      | sft        |
+| messages                                    | trl or LLaMA-Factory conversation              | sft        |
+| conversations                               | LLaVA, LLaVA-OneVision, LLaMA-Factory ShareGPT | sft        |
+
+A pair read as sft is its prompt and its chosen side. All that comes before the first answer of a conversation
+is the prompt. A message is {role, content} or {from, value}, and a text alone is one message; `conversations`
+and `messages` may have a column `system` beside them.
+
+In what the system and the user say, `<image>` or the processor's own image token is the place of an image.
+Where a prompt has no such place, its images go before its first user turn, as in trl.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any, Literal, NamedTuple
+
+import datasets
+
+from prefopt.errors import InputError
+from prefopt.records import HELD_OUT
+from prefopt.vlm.messages import messages_of
+
+Kind = Literal["pairs", "sft"]
+# Columns of these formats that would change what a model reads, and that are not read here.
+UNREAD = ("tools", "video", "videos", "audio", "audios")
+# JSON files of a dataset's folder that hold no rows of it.
+NO_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json", "BUILD.json")
+# Files that show a folder of images, which is no folder of JSON files.
+IMAGEFOLDER = ("metadata.csv", "metadata.jsonl")
+
+
+class Conversation(NamedTuple):
+    """A row as its format tells it: messages of role and content, not yet checked together."""
+
+    prompt: list[dict]
+    completions: list[list[dict]]
+    names: tuple[str, ...]  # what errors call the prompt and each completion
+
+
+class Format(NamedTuple):
+    """How a table's rows are read."""
+
+    columns: tuple[str, ...]
+    kind: Kind
+    read: Callable[[dict, tuple[str, ...], str], Conversation]  # of a row, these columns, and its name
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Columns that are read if they are there."""
+        return ("system",) if self.columns[0] in ("conversations", "messages") else ()
+
+
+def find_format(columns: Sequence[str], kind: Kind, source: str) -> Format:
+    """The format that a table's columns show; InputError names what is missing to the nearest one."""
+    known = [one for one in FORMATS if kind in ("sft", one.kind)]
+
+    def missing(one: Format) -> list[str]:
+        return [name for name in one.columns if name not in columns]
+
+    nearest = min(known, key=lambda one: len(missing(one)))
+    images = "image" if "image" in columns and "images" not in columns else "images"
+    lacking = missing(nearest) + [images] * (images not in columns)
+    if lacking:
+        others = "; ".join(", ".join(one.columns) for one in known if one is not nearest)
+        raise InputError(
+            f"{source}: no column {' and no column '.join(map(repr, lacking))}; its columns are "
+            f"{list(columns)}, and {['images', *nearest.columns]} are needed (or, instead of "
+            f"{', '.join(nearest.columns)}: {others})"
+        )
+    return nearest
+
+
+# Rows
+
+
+def _pair(row: dict, columns: tuple[str, ...], where: str) -> Conversation:
+    prompt = _with_system(row, messages_of(row[columns[0]], "user", f"{where}, {columns[0]}"), where)
+    sides = [messages_of(row[name], "assistant", f"{where}, {name}") for name in columns[1:]]
+    return Conversation(prompt, sides, columns)
+
+
+def _pair_of_conversations(row: dict, columns: tuple[str, ...], where: str) -> Conversation:
+    for name in columns:
+        if isinstance(row[name], str):
+            raise InputError(
+                f"{where}, {name} is {shortened(row[name])}; without a column 'prompt' it is to be a whole "
+                "conversation, a list of messages"
+            )
+    chosen, rejected = (messages_of(row[name], "user", f"{where}, {name}") for name in columns)
+    common = len(list(takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))))
+    common = min(common, len(chosen) - 1, len(rejected) - 1)  # an answer is left, in a tie too
+    names = ("the common start of chosen and rejected", *columns)
+    if not common:
+        raise InputError(
+            f"{where}: chosen and rejected begin with different messages; without a column 'prompt' "
+            "both are to begin with the prompt"
+        )
+    return Conversation(chosen[:common], [chosen[common:], rejected[common:]], names)
+
+
+def _prompt_and_completion(row: dict, columns: tuple[str, ...], where: str) -> Conversation:
+    prompt, completion = columns
+    asked = messages_of(row[prompt], "user", f"{where}, {prompt}")
+    return Conversation(asked, [messages_of(row[completion], "assistant", f"{where}, {completion}")], columns)
+
+
+def _whole_conversation(row: dict, columns: tuple[str, ...], where: str) -> Conversation:
+    name = f"{where}, {columns[0]}"
+    messages = _with_system(row, messages_of(row[columns[0]], "user", name), where)
+    roles = [message["role"] for message in messages]
+    if roles[-1] != "assistant":
+        raise InputError(f"{name} ends with a message of {roles[-1]!r}; it is to end with the assistant's")
+    start = roles.index("assistant")
+    if "user" not in roles[:start]:
+        raise InputError(f"{name} begins with a message of 'assistant'; it is to begin with the user's")
+    return Conversation(messages[:start], [messages[start:]], (columns[0],) * 2)
+
+
+def _with_system(row: dict, messages: list[dict], where: str) -> list[dict]:
+    system = row.get("system") or ""
+    if not isinstance(system, str):
+        raise InputError(f"{where}, system is {shortened(system)}; it is to be text")
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+FORMATS = (
+    Format(("prompt", "chosen", "rejected"), "pairs", _pair),
+    Format(("question", "chosen", "rejected"), "pairs", _pair),
+    Format(("conversations", "chosen", "rejected"), "pairs", _pair),
+    Format(("messages", "chosen", "rejected"), "pairs", _pair),
+    Format(("chosen", "rejected"), "pairs", _pair_of_conversations),
+    Format(("prompt", "completion"), "sft", _prompt_and_completion),
+    Format(("messages",), "sft", _whole_conversation),
+    Format(("conversations",), "sft", _whole_conversation),
+)
+
+
+# JSON
+
+
+def json_file(folder: Path, split: str) -> Path | None:
+    """The JSON file of a split among those of a folder that has no other tables; None without such files.
+
+    A file bears the split's name as a word of its own; one that bears none is taken for training.
+    """
+    files = sorted(
+        path for end in ("json", "jsonl") for path in folder.glob(f"*.{end}") if path.name not in NO_ROWS
+    )
+    if not files or any(
+        path.suffix in (".parquet", ".arrow") or path.name in IMAGEFOLDER for path in folder.rglob("*")
+    ):
+        return None
+    words = {path: set(re.split(r"[^A-Za-z0-9]", path.stem)) for path in files}
+    named = [path for path in files if split in words[path]]
+    if not named and split == "train":
+        named = [path for path in files if not words[path].intersection(HELD_OUT)]
+    if len(named) != 1:
+        names = [path.name for path in named or files]
+        raise InputError(f"{folder}: one JSON file is to bear the split's name {split!r}; there are {names}")
+    return named[0]
+
+
+def read_json(file: Path) -> datasets.Dataset:
+    """The records of a .json list, or of the lines of a .jsonl: images as lists of paths, all else as JSON.
+
+    Arrow's own types would not do: in such files a key's values are of several types, or it comes late.
+    """
+    try:
+        with file.open(encoding="utf-8") as opened:
+            lines = file.suffix == ".jsonl"
+            records = [json.loads(line) for line in opened if line.strip()] if lines else json.load(opened)
+    except ValueError as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"{file} holds {shortened(records)}; it is to be a list of records")
+    if not records:
+        raise InputError(f"{file} holds no records")
+    columns: dict[str, list] = {name: [] for record in records for name in record}
+    paths = datasets.List(datasets.Value("string"))
+    types = {name: paths if name in ("image", "images") else datasets.Json() for name in columns}
+    for number, record in enumerate(records):
+        for name, values in columns.items():
+            value = record.get(name)
+            if types[name] is paths:
+                values.append(_paths(value, f"{file}: row {number}, {name}"))
+            else:
+                values.append(None if value is None else json.dumps(value))
+    return datasets.Dataset.from_dict(columns, datasets.Features(types))
+
+
+def _paths(value: Any, where: str) -> list[str]:
+    paths = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise InputError(
+            f"{where} is {shortened(value)}; it is to be the path of an image, or a list of them"
+        )
+    return paths
