@@ -23,6 +23,7 @@ from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.judges.questions import NO, YES, Answer, Case, Question, system_one
 from prefopt.loading import files_identity
+from prefopt.vlm.inference import adapter_identity, with_adapter
 from prefopt.vlm.models import load_vlm
 
 PREDICATE_LABELS = ["Yes", "No"]
@@ -31,13 +32,17 @@ Prompts = list[tuple[dict[str, Any], list[Any]]]  # of each: the model's inputs,
 
 
 class VlmAnswerer:
-    """A vision-language model with its processor: from a case to prompts, from logits to answers."""
+    """A vision-language model with its processor: from a case to prompts, from logits to answers.
+
+    `adapter` is a LoRA for it, in peft's format: a folder or a hub id.
+    """
 
     def __init__(
         self,
         model_name_or_path: str = "pocket",
         revision: str | None = None,
         *,
+        adapter: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         attn_implementation: str = "sdpa",
@@ -51,10 +56,12 @@ class VlmAnswerer:
         self.decision = DecisionConfig.from_pretrained(
             name, revision=revision, _raise_exceptions_for_connection_errors=False
         )
-        self.identity = vlm_identity(model_name_or_path, revision, dtype=dtype, bare_labels=bare_labels)
+        self.identity = vlm_identity(
+            model_name_or_path, revision, adapter=adapter, dtype=dtype, bare_labels=bare_labels
+        )
         if self.decision.adapter:
             raise InputError(f"{name} keeps an adapter in {self.decision.adapter}; merge it into the model")
-        self.model = model.eval()
+        self.model = (with_adapter(model, adapter) if adapter else model).eval()
         self.processor: Any = copy.copy(processor)
         self.tokenizer: Any = self.processor.tokenizer
         self.processor.image_processor = self._image = _OneImage(self.processor.image_processor)
@@ -62,9 +69,13 @@ class VlmAnswerer:
         self.spellings = {} if bare_labels else _spellings(self.tokenizer)
         self.model.to(device)  # pyright: ignore[reportArgumentType] (its decorator hides the signature)
 
-    def prompts(self, case: Case) -> Prompts:
-        """The tokenised prompts of a case: one a question, unless the model's own template joins them."""
-        self._image.forget()
+    def prompts(self, case: Case, *, same_image: bool = False) -> Prompts:
+        """The tokenised prompts of a case: one a question, unless the model's own template joins them.
+
+        `same_image` says that the case before showed this image, too.
+        """
+        if not same_image:
+            self._image.forget()
         try:
             prompts = self.decision.prepare_inputs(request(case), self.processor)
         except ValueError as error:
@@ -110,6 +121,7 @@ def vlm_identity(
     model_name_or_path: str,
     revision: str | None = None,
     *,
+    adapter: str | None = None,
     dtype: torch.dtype = torch.float32,
     bare_labels: bool = False,
 ) -> str:
@@ -120,7 +132,8 @@ def vlm_identity(
     name = pocket.resolve(str(model_name_or_path), "llava")
     asked = [request(Case(Image.new("RGB", (1, 1)), "", ()))["state"], DECISION_PROMPT]
     read = "bare labels" if bare_labels else "all spellings"
-    return content_key(json.dumps([files_identity(name, revision), str(dtype), asked, read]))
+    adapted = [adapter_identity(adapter)] if adapter else []
+    return content_key(json.dumps([files_identity(name, revision), str(dtype), asked, read, *adapted]))
 
 
 class DecisionJudge:
@@ -167,7 +180,7 @@ def _spellings(tokenizer: Any) -> dict[str, list[int]]:
 
 
 class _OneImage:
-    """An image processor that works once: the prompts of a case all show the same image."""
+    """An image processor that works once: the prompts of a case, or of a few, all show the same image."""
 
     def __init__(self, wrapped: Any):
         self.wrapped = wrapped

@@ -199,5 +199,5 @@ def test_a_broken_rubric_is_named(tmp_path, text, message):
 
 
 def test_a_rubric_that_is_not_there_is_named():
-    with pytest.raises(InputError, match="Name a YAML file, or one of class_conditional"):
+    with pytest.raises(InputError, match="Name a YAML file, or one of answers, class_conditional"):
         Rubric.load("nowhere")

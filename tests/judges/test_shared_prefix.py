@@ -26,14 +26,13 @@ from transformers import (
     Qwen2_5_VLConfig,
 )
 from transformers.decision import DecisionConfig
-from transformers.models.smolvlm import processing_smolvlm
 from transformers.pipelines.decision import DecisionPipeline
 
 from prefopt.errors import InputError
 from prefopt.judges.decision import DecisionJudge, VlmAnswerer, request
 from prefopt.judges.loading import load_judge
 from prefopt.judges.questions import Case, Question
-from prefopt.judges.shared_prefix import SharedPrefixJudge
+from prefopt.judges.shared_prefix import SharedPrefixJudge, _by_image
 from prefopt.vlm.models import load_vlm
 from prefopt.vlm.rows import unshareable
 
@@ -59,16 +58,6 @@ CASES = (
     Case(image(2, 60, 64), "", ALL),
     Case(image(3, 30, 120), "an elephant", ALL[1:3]),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def numbers_in_words():
-    """SmolVLM's processor asks for a library that words the numbers of videos, of which there are none."""
-    patch = pytest.MonkeyPatch()
-    if processing_smolvlm.num2words is None:
-        patch.setattr(processing_smolvlm, "num2words", str)
-    yield
-    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +200,39 @@ def test_an_image_is_prepared_and_encoded_once(llava, monkeypatch):
     for hook in hooks:
         hook.remove()
     assert counts == {"prepared": 2, "encoded": 1, "read": 2}  # both images in one batch
+
+
+def test_cases_about_one_image_share_its_row(family):
+    """As a pair of answers in both orders: other descriptions, one image, and the answers of each alone."""
+    shown = CASES[1].image
+    texts = ("first: a zebra, second: a cow", "first: a cow, second: a zebra", "a cow")
+    cases = [Case(shown, text, (CHOICE, *PREDICATES[:2])) for text in texts]
+    cases.insert(1, Case(shown, "nothing is asked", ()))
+    alone = [family.judge.answer([case])[0] for case in cases]
+    encoded, tower = [], vision_tower(family.judge.answerer.model)
+    hook = tower.register_forward_hook(lambda *_: encoded.append(1))
+    together = family.judge.answer([CASES[0], *cases, CASES[2]])
+    hook.remove()
+    assert len(encoded) == 1 and [len(case) for case in together] == [5, 3, 0, 3, 3, 5]
+    np.testing.assert_allclose(values(together[1:-1]), values(alone), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        values(together[::5]), values(family.judge.answer([CASES[0], CASES[2]])), atol=1e-4
+    )
+    assert np.ptp(np.array(values(alone)).reshape(3, -1), axis=0).max() > 0.01
+
+
+def vision_tower(model):
+    return model.get_encoder(modality="image")
+
+
+def test_a_row_of_many_cases_is_bounded(llava, monkeypatch):
+    """The mask of a row grows with the square of its questions' tokens."""
+    monkeypatch.setattr("prefopt.judges.shared_prefix.LONGEST_ROW", 4)
+    cases = [Case(CASES[0].image, f"{number} zebras", PREDICATES[:2]) for number in range(5)]
+    assert _by_image(cases) == [[0, 1], [2, 3], [4]]
+    assert _by_image([*cases[:1], CASES[1], *cases[1:2]]) == [[0], [1], [2]]
+    alone = [llava.answer([case])[0] for case in cases]
+    np.testing.assert_allclose(values(llava.answer(cases)), values(alone), rtol=0, atol=1e-4)
 
 
 def test_no_cases_and_no_questions(llava):
