@@ -57,8 +57,9 @@ class ModelPass(Generic[Model]):
 
     def release(self) -> None:
         """Free the model."""
-        self._model = None
-        free_memory()
+        if self._model is not None:
+            self._model = None
+            free_memory()
 
 
 def free_memory() -> None:

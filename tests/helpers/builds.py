@@ -1,10 +1,16 @@
 """What a build wrote."""
 
 import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+
+from prefopt import store
 
 
 def build_of(folder: Path) -> dict[str, Any]:
@@ -30,3 +36,53 @@ def contents(folder: Path) -> dict[str, Any]:
         elif path.suffix == ".webp" or path.name == "metadata.jsonl":
             found[str(path.relative_to(folder))] = path.read_bytes()
     return found
+
+
+def die_at_write(moment: int) -> None:
+    """A hook: kill -9 in place of the so-manieth write of results or of a table, counted from 0."""
+    writes = iter(range(moment))
+
+    def counted(original: Callable) -> Callable:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if next(writes, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    store.Ledger.add = counted(store.Ledger.add)
+    pq.write_table = counted(pq.write_table)
+
+
+def kept(folder: Path, name: str) -> list[str]:
+    """The keys of all results in a build's ledger; one that was kept twice comes twice."""
+    return [
+        key
+        for file in sorted((folder / "work").glob(f"{name}-*.jsonl"))
+        for line in file.read_text().splitlines()
+        if line
+        for key in json.loads(line)
+    ]
+
+
+def kill_at(moment: int, work: Callable, *arguments: Any) -> None:
+    """Do the work in a process that kills itself with SIGKILL at its so-manieth write."""
+    process = multiprocessing.get_context("fork").Process(target=_dying, args=(moment, work, *arguments))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _dying(moment: int, work: Callable, *arguments: Any) -> None:
+    die_at_write(moment)
+    work(*arguments)
+
+
+def table(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a table."""
+    return pq.read_table(folder / name).to_pylist()
+
+
+def texts_of(pair: dict[str, Any]) -> list[str]:
+    """The chosen and the rejected answer of a pair of answers."""
+    return [pair[side][0]["content"][0]["text"] for side in ("chosen", "rejected")]

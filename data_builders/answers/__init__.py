@@ -1,0 +1,1 @@
+"""What makes answers of a vision-language model, and preferences between them."""
