@@ -13,10 +13,10 @@ opens with each system at its best, chosen on other prompts than those that it i
 guidance gives as well is none. You should see a table of means, and in --output_dir report.html,
 summary.json, results.jsonl. The same command again generates nothing twice.
 
---clip_model_name_or_path takes PickScore, too, whose score is then 100 times its cosine.
+--clip_model_name_or_path takes PickScore, too, whose score is then 100 times its cosine. --critic names a
+vision-language model, such as LLaVA-Critic, that grades how well each image shows its prompt.
 """
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -33,11 +33,13 @@ from prefopt.diffusion.generator import (
     changed,
 )
 from prefopt.errors import InputError
+from prefopt.evaluation.options import CriticOptions
+from prefopt.evaluation.systems import parse_system
 from prefopt.options import check_paths_exist, option
 
 
 @dataclass
-class CompareConfig(GenerationOptions):
+class CompareConfig(CriticOptions, GenerationOptions):
     """What is compared, on what, and how images are generated."""
 
     systems: list[str] = option(
@@ -73,7 +75,8 @@ class CompareConfig(GenerationOptions):
     output_dir: str = option("runs/compare", "Folder for images, scores and report.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        GenerationOptions.__post_init__(self)
+        CriticOptions.__post_init__(self)
         pocket.fill_defaults(self, [self.model_name_or_path], "prompts", "clip_model_name_or_path")
         check_paths_exist(self, "clip_model_name_or_path")
         if self.prompts != pocket.NAME and not Path(str(self.prompts)).is_file():
@@ -85,9 +88,7 @@ class CompareConfig(GenerationOptions):
         """The systems by name, each with its variants: its guidance scales, and a LoRA's scales."""
         families: dict[str, dict[str, Generator]] = {}
         for text in self.systems:
-            # A folder's name may hold spaces.
-            first, *words = re.split(rf" +(?=(?:{'|'.join(CHANGES)})=)", text)
-            name, _, path = first.partition("=")
+            name, path, words = parse_system(text, CHANGES)
             if name in families:
                 raise InputError(f"{name!r} is named twice among the systems; name each once")
             families[name] = {}
@@ -125,8 +126,8 @@ def main(config: CompareConfig) -> None:
     from rich.console import Console
 
     from data_builders.prompts.reading import held_out_captions, lines, scenes_of
-    from prefopt.evaluation.report import best_lines, terminal_table, write_report
-    from prefopt.evaluation.scorers import clip_scorer, oracle_scorer
+    from prefopt.evaluation.report import notes, terminal_table, write_report
+    from prefopt.evaluation.scorers import clip_scorer, critic_scorer, oracle_scorer
     from prefopt.evaluation.text_to_image import compare, processes
 
     state = processes()
@@ -139,6 +140,9 @@ def main(config: CompareConfig) -> None:
     scorers = [clip_scorer(str(config.clip_model_name_or_path), device=device)]
     if config.oracle == "on" or (config.oracle == "auto" and is_pocket):
         scorers.append(oracle_scorer(device))
+    if config.critic:
+        words = "image_typed" if config.critic_typed else "image_text"
+        scorers.append(critic_scorer(config.lazy_critic(device, words), config.critic))
     families, used = config.families, prompts[: config.num_prompts]
     summary = compare(
         {label: generator for variants in families.values() for label, generator in variants.items()},
@@ -154,7 +158,7 @@ def main(config: CompareConfig) -> None:
     )
     if state.is_main_process:
         report = write_report(config.output_dir, runs=config.runs, shown=config.shown)
-        Console().print(terminal_table(summary), *best_lines(summary), f"\n{report}", sep="\n")
+        Console().print(terminal_table(summary), *notes(summary), f"\n{report}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,35 @@ def win_bars(contrasts: Sequence[Mapping], metric: str, name: str) -> Chart:
     return _svg(figure, f"wins-{metric}", f"Wins, ties and losses against {against} by {name}")
 
 
+def mean_bars(
+    first: str, mean: float, contrasts: Sequence[Mapping], metric: str, name: str, kind: str
+) -> Chart:
+    """A bar for each system's mean; whiskers: interval of its difference to the first system (dashed)."""
+    factor = 100 if kind == "proportion" else 1
+    entries = [contrast["metrics"][metric] for contrast in contrasts]
+    means = factor * np.array([mean, *(entry["mean"] for entry in entries)])
+    gaps = factor * np.array(
+        [[0.0] * 3, *([entry["difference"][end] for end in ("mean", "low", "high")] for entry in entries)]
+    )
+    whiskers = np.stack([gaps[:, 0] - gaps[:, 1], gaps[:, 2] - gaps[:, 0]])
+    labels = [_short(system) for system in (first, *(contrast["system"] for contrast in contrasts))]
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(_WIDTH, 0.75 + 0.36 * len(labels)), layout="constrained")
+        axes = figure.subplots()
+        axes.barh(range(len(labels)), means, color=[TIE, *[WIN] * len(entries)], height=0.62)
+        axes.errorbar(
+            means[1:], range(1, len(labels)), xerr=whiskers[:, 1:], fmt="none", ecolor=INK, capsize=3
+        )
+        axes.axvline(means[0], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_yticks(range(len(labels)), labels)
+        axes.invert_yaxis()
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(name + (" (%)" if kind == "proportion" else ""))
+        axes.grid(False, axis="y")
+        axes.tick_params(length=0)
+    return _svg(figure, f"means-{metric}", f"{name}, and interval of its difference to {first}")
+
+
 def scale_curve(
     contrasts: Sequence[Mapping], scales: Sequence[float], metric: str, name: str, kind: str
 ) -> Chart:

@@ -42,7 +42,7 @@ def write_report(
         raise InputError(f"no comparison in {folder}: it holds no summary.json; run the comparison first")
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    headline = _headline(summary)
+    headline = headlines(summary)
     families = list(dict.fromkeys(system["family"] for system in summary["systems"].values()))
     page = (
         page_templates(Path(__file__).parent)
@@ -52,11 +52,14 @@ def write_report(
             summary=summary,
             headline=headline,
             titles={metric: told["title"] for metric, told in headline.items()},
-            gaps=_gaps(summary),
+            shown_metrics=headline | summary["metrics"],
+            gaps=gaps_to_first(summary),
+            of="prompts",
+            look_at="pictures",
             figures=_figures(summary, [Path(run) for run in runs]),
             shown=_shown(summary),
             galleries=_galleries(summary, rows, shown),
-            embedded=lambda image: _embedded(folder / image),
+            embedded=lambda image: _embedded_file(folder / image),
             words=words,
         )
     )
@@ -68,9 +71,9 @@ def write_report(
 
 def terminal_table(summary: dict) -> Table:
     """Each system's means, its change to the first, and how often it wins by each score."""
-    headline = _headline(summary)
+    headline = headlines(summary)
     won = {metric: told["title"] for metric, told in headline.items() if told["kind"] == "score"}
-    gaps = _gaps(summary)
+    gaps = gaps_to_first(summary)
     titles = [told["title"] for told in headline.values()]
     shown = Table("system", *titles, *(f"wins without ties ({title})" for title in won.values()))
     for name, system in summary["systems"].items():
@@ -78,34 +81,37 @@ def terminal_table(summary: dict) -> Table:
         for metric, told in headline.items():
             kind = told["kind"]
             cells.append(words.value(system["means"][metric], kind))
-            if name in gaps:
+            if name in gaps and metric in gaps[name]:
                 gap = gaps[name][metric]["difference"]
                 cells[-1] += f"  {words.change(gap['mean'], kind)}"
                 cells[-1] += f" ({words.bare(gap['low'], kind)} to {words.bare(gap['high'], kind)})"
-        rates = [gaps[name][m]["wins"]["rate_without_ties"] if name in gaps else None for m in won]
-        shown.add_row(name, *cells, *(words.percent(rate) if name in gaps else "" for rate in rates))
+        wins = [gaps.get(name, {}).get(metric) for metric in won]
+        rates = [words.percent(gap["wins"]["rate_without_ties"]) if gap else "" for gap in wins]
+        shown.add_row(name, *cells, *rates)
     return shown
 
 
-def best_lines(summary: dict) -> list[str]:
-    """Every two systems, each at its best, a line per metric; none without a sweep."""
+def notes(summary: dict) -> list[str]:
+    """Every two systems, each at its best, a line per metric; and what there is to warn of."""
+    warning = words.unread_warning(summary)
     if not summary["best"]:
-        return []
+        return [warning] if warning else []
     lines = [
         f"{contrast['system']} against {contrast['against']}, each at its best: "
         + words.difference_sentence(told["title"], told["kind"], contrast["metrics"][metric])
         for contrast in summary["best"]["contrasts"]
-        for metric, told in _headline(summary).items()
+        for metric, told in headlines(summary).items()
+        if metric in contrast["metrics"]
     ]
-    return [*lines, *filter(None, [words.edge_warning(summary["best"])])]
+    return [*lines, *filter(None, [words.edge_warning(summary["best"]), warning])]
 
 
-def _headline(summary: Mapping) -> dict[str, dict]:
+def headlines(summary: Mapping) -> dict[str, dict]:
     """What the summary says of the metrics that stand for their scorers."""
     return {metric: told for metric, told in summary["metrics"].items() if told["is_headline"]}
 
 
-def _gaps(summary: Mapping) -> dict[str, Mapping]:
+def gaps_to_first(summary: Mapping) -> dict[str, Mapping]:
     """Each further system compared with the first, by metric."""
     return {contrast["system"]: contrast["metrics"] for contrast in summary["contrasts"]}
 
@@ -118,28 +124,39 @@ def _shown(summary: Mapping) -> list[str]:
 
 
 def _figures(summary: Mapping, runs: Sequence[Path]) -> list[figures.Chart]:
-    headline = _headline(summary)
+    headline = headlines(summary)
     contrasts = summary["contrasts"]
     if summary["best"]:
         first = next(iter(summary["best"]["chosen"]))
         contrasts = [each for each in summary["best"]["contrasts"] if each["against"] == first]
-    charts = [figures.win_bars(contrasts, metric, told["title"]) for metric, told in headline.items()]
+    charts = win_charts(contrasts, headline)
     for contrasts in _scale_sweeps(summary):
         scales = [summary["systems"][contrast["system"]]["scale"] for contrast in contrasts]
         charts += [
             figures.scale_curve(contrasts, scales, metric, told["title"], told["kind"])
             for metric, told in headline.items()
+            if all(metric in contrast["metrics"] for contrast in contrasts)
         ]
     if sweeps := _guidance_sweeps(summary):
         charts += [
             figures.guidance_curves(sweeps, metric, told["title"], told["kind"])
             for metric, told in headline.items()
+            if all(v["means"][metric] is not None for variants in sweeps.values() for v in variants)
         ]
     if runs:
         names = [run.name for run in runs]
         names = names if len(set(names)) == len(names) else [str(run) for run in runs]
         charts += figures.training_curves(dict(zip(names, map(_read_metrics, runs), strict=True)))
     return charts
+
+
+def win_charts(contrasts: Sequence[Mapping], metrics: Mapping[str, Mapping]) -> list[figures.Chart]:
+    """Wins, ties and losses by each metric, of the contrasts that have it."""
+    return [
+        figures.win_bars(having, metric, told["title"])
+        for metric, told in metrics.items()
+        if (having := [contrast for contrast in contrasts if metric in contrast["metrics"]])
+    ]
 
 
 def _scale_sweeps(summary: Mapping) -> list[list[Mapping]]:
@@ -192,8 +209,8 @@ def _galleries(summary: Mapping, rows: Sequence[Mapping], shown: int) -> list[di
         columns.setdefault((row["prompt"], row["seed"]), {})[row["system"]] = row
 
     def gain(pair: tuple) -> float:
-        row = columns[pair]
-        return better * (row[focus]["scores"][metric] - row[first]["scores"][metric])
+        ours, theirs = (columns[pair][name]["scores"][metric] for name in (focus, first))
+        return 0.0 if ours is None or theirs is None else better * (ours - theirs)
 
     ordered, tie = sorted(columns, key=gain), summary["settings"]["tie"]
     count = max(1, shown // 3)
@@ -219,16 +236,18 @@ def _galleries(summary: Mapping, rows: Sequence[Mapping], shown: int) -> list[di
     ]
 
 
-def _embedded(path: Path) -> dict:
-    """A data URI: the image as it is if it is small; else at most 320 pixels wide or high, lossy."""
+def _embedded_file(path: Path) -> dict:
     with Image.open(path) as image:
-        is_small = max(image.size) <= _LONGEST_SIDE // 2
-        if is_small:
-            content = path.read_bytes()
-        else:
-            small = image.convert("RGB")
-            small.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            small.save(buffer, format="WEBP", quality=82)
-            content = buffer.getvalue()
+        return embedded(image, path.read_bytes())
+
+
+def embedded(image: Image.Image, encoded: bytes | None = None) -> dict:
+    """A data URI: a small image as it is (`encoded`, if it is WebP), else of at most 320 pixels a side."""
+    is_small = max(image.size) <= _LONGEST_SIDE // 2
+    content, buffer = encoded if is_small else None, io.BytesIO()
+    if content is None:
+        shown, lossy = image.convert("RGB"), {} if is_small else {"quality": 82}
+        shown.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
+        shown.save(buffer, format="WEBP", lossless=is_small, **lossy)
+        content = buffer.getvalue()
     return {"data": f"data:image/webp;base64,{base64.b64encode(content).decode()}", "is_small": is_small}

@@ -1,37 +1,48 @@
 """What a comparison measures: scorers of images and their prompts, each loaded at its first use."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from prefopt import pocket
+from prefopt.files import content_key
 from prefopt.judges.clip import ClipScorer, clip_identity
+from prefopt.judges.critic import Readings, TextCritic, TypedCritic
+from prefopt.judges.critic_cases import ScoreCase
+from prefopt.loading import Lazy
 from prefopt.pocket.oracle import Oracle
 
+SHOWS = "Does the picture show what was asked for?"
 Kind = Literal["score", "proportion", "loss"]  # higher is better; the same, of booleans; lower is better
+AnyCritic = TextCritic | TypedCritic
+Values = np.ndarray | Sequence[float | bool | None]
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A measure of images: one number each (n,), or several named ones, of which `main` stands for all.
+    """A measure of outputs: one number each (n,), or several named ones, of which `main` stands for all.
 
-    Scores are kept under `identity`, which changes with all that they depend on; without one they are
-    computed anew in each run.
+    `score` takes images and their prompts; of a vision-language model's answers it takes ScoreCases. None is
+    a score that could not be read. Scores are kept under `identity`, which changes with all that they depend
+    on; without one they are computed anew in each run.
     """
 
     name: str  # in results.jsonl
     title: str
     about: str  # a sentence for readers of a report
-    score: Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray | Mapping[str, np.ndarray]]
+    score: Callable[..., Values | Mapping[str, Values]]
     kind: Kind = "score"
     main: str = ""
     identity: str | None = None
     is_truth: bool = False  # the ground truth, not a model's opinion
+    kinds: Mapping[str, Kind] = field(default_factory=dict)  # of parts that are of another kind
+    at_once: int = 64  # outputs between two writes of what is kept
+    needs_images: bool = True
+    remember: Callable[[Sequence[Mapping]], None] | None = None  # told what is kept, before it scores more
 
     def metric(self, part: str) -> str:
         """The name of a part's scores."""
@@ -43,7 +54,7 @@ class Scorer:
             self.metric(part): {
                 "title": self.title if part == self.main else f"{self.name}: {part}",
                 "about": self.about,
-                "kind": self.kind,
+                "kind": self.kinds.get(part, self.kind),
                 "scorer": self.name,
                 "part": part,
                 "is_headline": part == self.main,
@@ -68,6 +79,34 @@ def clip_scorer(model_name_or_path: str, *, revision: str | None = None, device:
         score=lambda images, prompts: load()(images, prompts),
         identity=clip_identity(model_name_or_path, revision),
     )
+
+
+def critic_scorer(critic: Lazy[AnyCritic], name: str) -> Scorer:
+    """How well a critic of this name thinks that an image shows its prompt, 0..100."""
+    load = cache(critic.load)
+    return Scorer(
+        name="critic",
+        title="critic score",
+        about=(
+            f"the grade of the vision-language model {name} from 0 to 100: how well the image shows what its "
+            "prompt asks for. It is an opinion, and a model can learn to please it."
+        ),
+        score=lambda images, prompts: load().score(
+            [ScoreCase([image], SHOWS, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        ),
+        identity=content_key(f"{critic.identity} {SHOWS}"),
+        at_once=16,
+        remember=lambda kept: remember_readings(load().readings, kept),
+    )
+
+
+def remember_readings(readings: Readings, kept: Sequence[Mapping], replies: int = 1) -> None:
+    """Count what was read in earlier runs, `replies` to each output.
+
+    Else a resumed run that has nothing left but what cannot be read would take the critic for useless.
+    """
+    readings.asked += replies * len(kept)
+    readings.unreadable += sum(scores[""] is None for scores in kept)
 
 
 def oracle_scorer(device: str = "cpu") -> Scorer:

@@ -49,13 +49,16 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
     level: float = LEVEL,
+    weights: Sequence[float] | np.ndarray | None = None,
 ) -> Difference:
     """mean(a) - mean(b) with a percentile bootstrap interval; row i of both is the same prompt and seed.
 
-    Whole groups (the seeds of a prompt) are drawn together: images of one prompt are no independent
-    witnesses. Needs two groups at least; below about twenty the interval is narrower than its level says.
+    Whole groups (the seeds of a prompt, the questions about an image) are drawn together: they are no
+    independent witnesses. Needs two groups at least; below about twenty the interval is narrower than its
+    level says. With positive `weights` (n,) means are weighted, as a loss per token is by the tokens of each
+    row: a resample's means then divide by its own weights.
     """
-    differences = _differences(a, b)
+    differences, weights = _differences(a, b), _weights(weights, len(a))
     ids = (
         np.arange(len(differences))
         if groups is None
@@ -68,7 +71,7 @@ def paired_bootstrap(
     count = int(ids.max()) + 1
     if count < 2:
         raise InputError("an interval needs at least two prompts; give more prompts")
-    sums, sizes = np.bincount(ids, weights=differences), np.bincount(ids)
+    sums, sizes = np.bincount(ids, weights=weights * differences), np.bincount(ids, weights=weights)
     # The batch bounds memory: SciPy holds batch x groups indices at a time.
     result = stats.bootstrap(
         (sums, sizes),
@@ -82,7 +85,29 @@ def paired_bootstrap(
         rng=np.random.default_rng(seed),
     )
     low, high = result.confidence_interval
-    return Difference(float(differences.mean()), float(low), float(high), level, count)
+    mean = np.average(differences, weights=weights)
+    return Difference(float(mean), float(low), float(high), level, count)
+
+
+def by_group(
+    differences: Sequence[float] | np.ndarray,
+    groups: Sequence | np.ndarray,
+    weights: Sequence[float] | np.ndarray | None = None,
+) -> np.ndarray:
+    """Independent numbers, one of each group, with the (weighted) mean R of all rows as their mean.
+
+    R + (s_g - R n_g) / mean(n), with s_g and n_g the sums of weighted differences and of weights in group g:
+    the linearised ratio, whose spread over groups is that of R. Of groups of one size it is their means.
+    """
+    differences, weights = np.asarray(differences, dtype=np.float64), _weights(weights, len(differences))
+    ids = np.unique(np.asarray(groups), return_inverse=True)[1]
+    sums, sizes = np.bincount(ids, weights=weights * differences), np.bincount(ids, weights=weights)
+    ratio = sums.sum() / sizes.sum()
+    beyond = sums - ratio * sizes
+    beyond[np.abs(beyond) <= 1e-12 * np.abs(sums).max()] = (
+        0.0  # rounding, of which no test is to make a spread
+    )
+    return ratio + beyond / sizes.mean()
 
 
 def pairwise_accuracy(
@@ -135,15 +160,15 @@ def win_rate(
 def best_elsewhere(values: np.ndarray, groups: Sequence | np.ndarray, folds: int = 5) -> np.ndarray:
     """For each row the variant (0..variants - 1) that is best on average in other groups; ties: the first.
 
-    `values` (variants, rows). The groups (prompts) are divided into `folds`, and a row's variant is chosen
-    without its fold, so what is then reported of the row was not chosen for it.
+    `values` (variants, rows), nan where there is none. The groups (prompts) are divided into `folds`, and a
+    row's variant is chosen without its fold, so what is then reported of the row was not chosen for it.
     """
     ids = np.unique(np.asarray(groups), return_inverse=True)[1]
     fold, chosen = ids % folds, np.zeros(len(ids), dtype=np.int64)
     if len(set(fold.tolist())) < 2:
         raise InputError("choosing on other prompts needs at least two of them; give more prompts")
     for part in np.unique(fold):
-        chosen[fold == part] = values[:, fold != part].mean(axis=1).argmax()
+        chosen[fold == part] = np.nanmean(values[:, fold != part], axis=1).argmax()
     return chosen
 
 
@@ -181,6 +206,15 @@ def rows_for_power(
         return None
     z = stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(power)
     return max(2, math.ceil((z * differences.std(ddof=1) / mean) ** 2))
+
+
+def _weights(weights: Sequence[float] | np.ndarray | None, count: int) -> np.ndarray:
+    if weights is None:
+        return np.ones(count)
+    weights = np.asarray(weights, dtype=np.float64)
+    if weights.shape != (count,) or not (weights > 0).all():
+        raise ValueError(f"{count} rows need as many positive weights, not {weights.shape}")
+    return weights
 
 
 def _differences(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> np.ndarray:

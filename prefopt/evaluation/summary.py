@@ -9,6 +9,7 @@ import numpy as np
 
 from prefopt.evaluation.stats import (
     best_elsewhere,
+    by_group,
     holm,
     p_value,
     paired_bootstrap,
@@ -34,7 +35,7 @@ def summarise(
     they are one witness. `systems` says of each its settings, and of which `family` it is a variant: the same
     weights at another guidance or LoRA scale. `metrics` says of each metric its title, its kind (score,
     proportion, loss) and whether it is a headline. Intervals resample prompts; power counts prompts, each
-    with these seeds.
+    with these seeds. A score of None is one that could not be read: it is counted, and left out.
 
     `contrasts` compare each system with the first family's variant of the same settings, or with the first
     system. `best` compares every two families, each at the variant that is best on other prompts.
@@ -65,7 +66,8 @@ def summarise(
         "systems": {
             name: {
                 **systems[name],
-                "means": {metric: float(values.mean()) for metric, values in scores[name].items()},
+                "means": {metric: mean(values) for metric, values in scores[name].items()},
+                "unread": unread(scores[name]),
             }
             for name in names
         },
@@ -154,35 +156,61 @@ def _contrasts(
 ) -> dict[str, dict]:
     """Every metric of two systems; the p values of a scorer's parts are corrected for their number."""
     found = {
-        metric: contrast(system[metric], against[metric], prompts, tie, told["kind"])
+        metric: entry
         for metric, told in metrics.items()
+        if (entry := contrast(system[metric], against[metric], prompts, tie, told["kind"])) is not None
     }
     for scorer in {told["scorer"] for told in metrics.values()}:
-        parts = [m for m, told in metrics.items() if told["scorer"] == scorer and not told["is_headline"]]
+        parts = [m for m in found if metrics[m]["scorer"] == scorer and not metrics[m]["is_headline"]]
         for metric, p in zip(parts, holm([found[metric]["p"] for metric in parts]), strict=True):
             found[metric]["p_holm"] = p
     return found
 
 
 def contrast(
-    system: np.ndarray, against: np.ndarray, prompts: Sequence[str], tie: float, kind: str = "score"
-) -> dict:
-    """One metric of two systems, rows paired: means, difference, wins, and the prompts a claim would need.
+    system: np.ndarray,
+    against: np.ndarray,
+    groups: Sequence[str],
+    tie: float,
+    kind: str = "score",
+    weights: np.ndarray | None = None,
+) -> dict | None:
+    """One metric of two systems, rows paired: means, difference, wins, and the groups a claim would need.
 
-    `better` is 1 if a positive difference is a gain, -1 if it is a loss.
+    `better` is 1 if a positive difference is a gain, -1 if it is a loss. Rows without a score (nan) on a side
+    are left out; None if those that are left are of fewer than two groups. `weights` are those of the means,
+    such as the tokens of each row.
     """
-    ids = np.unique(np.asarray(prompts), return_inverse=True)[1]
-    by_prompt = np.bincount(ids, weights=system - against) / np.bincount(ids)
+    read = np.isfinite(system) & np.isfinite(against)
+    ids = np.unique(np.asarray(groups)[read], return_inverse=True)[1]
+    if len(set(ids.tolist())) < 2:
+        return None
+    system, against, weights = system[read], against[read], None if weights is None else weights[read]
+    witnesses = by_group(system - against, ids, weights)
     better = -1 if kind == "loss" else 1
     return {
-        "mean": float(system.mean()),
-        "mean_against": float(against.mean()),
+        "mean": mean(system, weights),
+        "mean_against": mean(against, weights),
         "better": better,
-        "difference": asdict(paired_bootstrap(system, against, groups=ids)),
-        "p": p_value(by_prompt),
+        "difference": asdict(paired_bootstrap(system, against, groups=ids, weights=weights)),
+        "p": p_value(witnesses),
         "wins": asdict(win_rate(better * system, better * against, tie)),
-        "prompts_for_power": rows_for_power(by_prompt, POWER),
+        "groups_for_power": rows_for_power(witnesses, POWER),
     }
+
+
+def mean(values: np.ndarray, weights: np.ndarray | None = None) -> float | None:
+    """The (weighted) mean of the scores that are there; None if there are none."""
+    read = np.isfinite(values)
+    if not read.any():
+        return None
+    return float(np.average(values[read], weights=None if weights is None else weights[read]))
+
+
+def unread(scores: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """How many scores of each metric are missing, of metrics that miss some."""
+    counts = {metric: int((~np.isfinite(values)).sum()) for metric, values in scores.items()}
+    return {metric: count for metric, count in counts.items() if count}
 
 
 def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

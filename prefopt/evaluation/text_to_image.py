@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
@@ -22,16 +20,14 @@ from tqdm.auto import tqdm
 from prefopt.diffusion.generator import Generator, Sampler
 from prefopt.diffusion.lora import set_adapter_scale
 from prefopt.diffusion.sampling import load_generator, sample
-from prefopt.errors import InputError
 from prefopt.evaluation.scorers import Scorer
+from prefopt.evaluation.scoring import Scores, kept_scores, processes, quiet
 from prefopt.evaluation.summary import summarise
+from prefopt.evaluation.systems import check_each_once
 from prefopt.files import content_key, replacing, reporting_write_errors, write_atomically
 from prefopt.store import Ledger
 
-Scores = dict[str, float | bool]  # metric, or part of a scorer -> score of one image
-
 SEEDS_APART = 1000  # from a prompt's seeds to the next prompt's
-_SCORED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -132,32 +128,20 @@ def _plan(
     return keys, jobs
 
 
-def processes() -> PartialState:
-    """This process among all; without `cpu`, each of several on CPUs would take itself for the only one."""
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
 def _check(
     systems: Mapping[str, Generator], prompts: Sequence[str], seeds: Sequence[int], scorers: Sequence[Scorer]
 ) -> None:
-    for what, items, least in (
-        ("systems", list(systems), 2),
-        ("prompts", prompts, 2),
-        ("seeds", seeds, 1),
-        ("scorers", [scorer.name for scorer in scorers], 1),
-    ):
-        if len(items) < least:
-            raise InputError(f"a comparison needs {least} {what} or more, not {len(items)}")
-        if len(set(items)) < len(items):
-            twice = next(item for item in items if list(items).count(item) > 1)
-            raise InputError(f"{twice!r} is named twice among the {what}; name each once")
+    check_each_once("systems", list(systems), least=2)
+    check_each_once("prompts", prompts, least=2)
+    check_each_once("seeds", seeds)
+    check_each_once("scorers", [scorer.name for scorer in scorers])
 
 
 def _generate(jobs: Mapping[str, _Job], folder: Path, device: torch.device, batch_size: int) -> None:
     """Generate the images that are not there yet, one system after the other."""
     missing = {key: job for key, job in jobs.items() if not _image_path(folder, key).exists()}
     pipeline, loaded = None, None
-    progress = tqdm(total=len(missing), desc="images", unit="image", disable=not missing or _quiet())
+    progress = tqdm(total=len(missing), desc="images", unit="image", disable=not missing or quiet())
     for generator in dict.fromkeys(job.generator for job in missing.values()):
         keys = [key for key, job in missing.items() if job.generator == generator]
         adapter = generator.adapter if generator.adapter_scale != 0 else None
@@ -194,36 +178,10 @@ def _save(image: Image.Image, path: Path) -> None:
 def _score(jobs: Mapping[str, _Job], folder: Path, scorers: Sequence[Scorer]) -> dict[str, dict[str, Scores]]:
     """Each image's scores by scorer and part: those kept from earlier runs, and the new ones."""
     ledger = Ledger(folder, "scores", processes().process_index)
-    scores: dict[str, dict[str, Scores]] = {key: {} for key in jobs}
-    for scorer in scorers:
-        identity = scorer.identity
-        entry = {key: content_key(f"{identity} {key}") for key in jobs}
-        kept = {key: ledger[entry[key]] for key in jobs if identity is not None and entry[key] in ledger}
-        missing = [key for key in jobs if key not in kept]
-        for start in tqdm(
-            range(0, len(missing), _SCORED_AT_ONCE), desc=scorer.name, disable=not missing or _quiet()
-        ):
-            batch = missing[start : start + _SCORED_AT_ONCE]
-            images = [Image.open(_image_path(folder, key)).convert("RGB") for key in batch]
-            values = scorer.score(images, [jobs[key].prompt for key in batch])
-            kept |= dict(zip(batch, _by_image(values, len(batch), scorer.name), strict=True))
-            if identity is not None:
-                ledger.add({entry[key]: kept[key] for key in batch})
-        for key, values in kept.items():
-            scores[key][scorer.name] = values
-    return scores
 
+    def images_and_prompts(keys: Sequence[str]) -> tuple[list[Image.Image], list[str]]:
+        images = [Image.open(_image_path(folder, key)).convert("RGB") for key in keys]
+        return images, [jobs[key].prompt for key in keys]
 
-def _by_image(values: np.ndarray | Mapping[str, np.ndarray], count: int, name: str) -> list[Scores]:
-    """A scorer's values as one mapping per image; the part of a lone number is ''."""
-    parts = values if isinstance(values, Mapping) else {"": values}
-    for part, numbers in parts.items():
-        if np.shape(numbers) != (count,):
-            raise ValueError(
-                f"the scorer {name} gave {np.shape(numbers)} for {part or 'its score'}, not ({count},)"
-            )
-    return [{part: np.asarray(numbers)[i].item() for part, numbers in parts.items()} for i in range(count)]
-
-
-def _quiet() -> bool:
-    return not processes().is_main_process
+    found = {scorer.name: kept_scores(scorer, list(jobs), images_and_prompts, ledger) for scorer in scorers}
+    return {key: {name: scores[key] for name, scores in found.items()} for key in jobs}

@@ -6,21 +6,25 @@ MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
 PERCENT = "\N{NO-BREAK SPACE}%"
 ENOUGH = 20  # prompts, for a bootstrap interval to be as wide as it says
+SIGNIFICANT = 0.05  # a p below it, where p is corrected for the number of comparisons
+DIGITS = {"score": 2, "loss": 3}
 
 
-def value(number: float, kind: str) -> str:
-    """0.41 as a proportion -> 41.0 %; as a score -> 0.41."""
-    return f"{100 * number:.1f}{PERCENT}" if kind == "proportion" else signed(f"{number:.2f}")
+def value(number: float | None, kind: str) -> str:
+    """0.41 as a proportion -> 41.0 %; as a score -> 0.41; as a loss -> 0.410; None -> unread."""
+    if number is None:
+        return "unread"
+    return f"{bare(number, kind)}{PERCENT if kind == 'proportion' else ''}"
 
 
 def bare(number: float, kind: str) -> str:
     """A value without its unit."""
-    return signed(f"{100 * number:.1f}" if kind == "proportion" else f"{number:.2f}")
+    return signed(f"{100 * number:.1f}" if kind == "proportion" else f"{number:.{DIGITS[kind]}f}")
 
 
 def change(number: float, kind: str) -> str:
     """0.165 of a proportion -> +16.5 points; of a score -> +0.17."""
-    text = f"{100 * number:+.1f} points" if kind == "proportion" else f"{number:+.2f}"
+    text = f"{100 * number:+.1f} points" if kind == "proportion" else f"{number:+.{DIGITS[kind]}f}"
     return signed(text)
 
 
@@ -76,41 +80,83 @@ def edge_warning(best: Mapping) -> str | None:
 
 def part_sentence(title: str, kind: str, contrast: Mapping) -> str:
     """`place -12.1 points (p 0.003).`: one part of a metric, its p corrected for their number."""
+    return f"{title} {change(contrast['difference']['mean'], kind)} ({p_holm(contrast)})"
+
+
+def p_holm(contrast: Mapping) -> str:
+    """The corrected p: `p 0.03`."""
     p = contrast["p_holm"]
-    shown = f"p {p:.2g}" if p >= 0.001 else "p < 0.001"
-    return f"{title} {change(contrast['difference']['mean'], kind)} ({shown})"
+    return f"p {p:.2g}" if p >= 0.001 else "p < 0.001"
 
 
-def verdict(contrast: Mapping, prompts: int) -> str:
-    """What can be claimed, and if nothing can, how many prompts would be needed."""
-    if prompts < ENOUGH:
-        return (
-            f"Too few to claim: {prompts} prompts, and under {ENOUGH} an interval is narrower than it says."
-        )
+def verdict(contrast: Mapping, count: int, of: str = "prompts") -> str:
+    """What can be claimed of so many prompts, and if nothing can, how many would be needed.
+
+    Where p is corrected for the number of compared systems, it has to be low, too.
+    """
+    if count < ENOUGH:
+        return f"Too few to claim: {count} {of}, and under {ENOUGH} an interval is narrower than it says."
     if direction := _direction(contrast):
         side = "above" if contrast["difference"]["low"] > 0 else "below"
         return f"A {'gain' if direction > 0 else 'loss'}: the whole interval is {side} 0."
-    needed = contrast["prompts_for_power"]
+    needed = contrast["groups_for_power"]
     if needed is None:
         return "No difference."
-    if needed <= prompts:
+    if _excludes_zero(contrast):
+        return f"No claim: among so many comparisons one like this comes by chance ({p_holm(contrast)})."
+    if needed <= count:
         return "No claim: the interval holds 0."
-    return f"No claim: the interval holds 0. About {needed:,} prompts would show a difference of this size."
+    return f"No claim: the interval holds 0. About {needed:,} {of} would show a difference of this size."
+
+
+def _excludes_zero(contrast: Mapping) -> bool:
+    return contrast["difference"]["low"] > 0 or contrast["difference"]["high"] < 0
+
+
+def is_sure(contrast: Mapping) -> bool:
+    """Whether a difference is one that can be claimed, of enough rows."""
+    return _direction(contrast) != 0
 
 
 def _direction(contrast: Mapping) -> int:
     """1 for a sure gain, -1 for a sure loss, 0 for neither."""
-    gap, better = contrast["difference"], contrast["better"]
-    return better if gap["low"] > 0 else -better if gap["high"] < 0 else 0
+    if not _excludes_zero(contrast) or contrast.get("p_holm", 0.0) >= SIGNIFICANT:
+        return 0
+    return contrast["better"] if contrast["difference"]["low"] > 0 else -contrast["better"]
 
 
-def disagreement(contrast: Mapping, titles: Mapping[str, str]) -> str | None:
+def disagreement(contrast: Mapping, titles: Mapping[str, str], look_at: str = "pictures") -> str | None:
     """A warning when one of the metrics with these titles surely gained and another surely lost."""
-    directions = {title: _direction(contrast["metrics"][metric]) for metric, title in titles.items()}
+    directions = {
+        title: _direction(contrast["metrics"][metric])
+        for metric, title in titles.items()
+        if metric in contrast["metrics"]
+    }
     up = [title for title, direction in directions.items() if direction > 0]
     down = [title for title, direction in directions.items() if direction < 0]
     if not (up and down):
         return None
     return (
-        f"The measures disagree: {', '.join(up)} improved, {', '.join(down)} got worse. Look at the pictures."
+        f"The measures disagree: {', '.join(up)} improved, {', '.join(down)} got worse. Look at the "
+        f"{look_at}."
+    )
+
+
+def unread_warning(summary: Mapping) -> str | None:
+    """A warning if replies of a judge could not be read: of which scorer, and of which system how many."""
+    found = []
+    for scorer in dict.fromkeys(told["scorer"] for told in summary["metrics"].values()):
+        of_scorer = {metric: told for metric, told in summary["metrics"].items() if told["scorer"] == scorer}
+        counts = {
+            name: sum(system["unread"].get(metric, 0) for metric in of_scorer)
+            for name, system in summary["systems"].items()
+        }
+        if any(counts.values()):
+            title = next((told["title"] for told in of_scorer.values() if told["is_headline"]), scorer)
+            found.append(f"{title} ({', '.join(f'{name} {n}' for name, n in counts.items() if n)})")
+    if not found:
+        return None
+    return (
+        f"Some of the judge's replies could not be read: {'; '.join(found)}. Where two systems are compared, "
+        "rows without a score on a side are left out."
     )

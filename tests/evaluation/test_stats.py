@@ -7,8 +7,10 @@ import pytest
 from scipy import stats as reference
 
 from prefopt.errors import InputError
+from prefopt.evaluation import words
 from prefopt.evaluation.stats import (
     best_elsewhere,
+    by_group,
     holm,
     p_value,
     paired_bootstrap,
@@ -16,6 +18,7 @@ from prefopt.evaluation.stats import (
     rows_for_power,
     win_rate,
 )
+from prefopt.evaluation.summary import contrast
 
 
 def test_win_rate_by_hand():
@@ -111,6 +114,83 @@ def test_rows_for_power_restates_the_published_example():
     rows = rows_for_power(2.28 + deviation * standard)
     assert rows == math.ceil(((1.959964 + 0.841621) * deviation / 2.28) ** 2)
     assert rows == pytest.approx(2140, rel=0.04)
+
+
+def test_a_weighted_mean_has_the_interval_of_a_ratio_of_sums():
+    """Losses per token: of 40 images with 1 to 3 answers each, against a bootstrap of sums written out."""
+    rng = np.random.default_rng(6)
+    groups = np.repeat(np.arange(40), rng.integers(1, 4, 40))
+    tokens = rng.integers(1, 30, len(groups)).astype(float)
+    a, b = rng.normal(2, 1, len(groups)), rng.normal(1.8, 1, len(groups))
+    found = paired_bootstrap(a, b, groups, weights=tokens)
+    assert found.mean == pytest.approx((tokens * (a - b)).sum() / tokens.sum())
+    sums, sizes = np.bincount(groups, tokens * (a - b)), np.bincount(groups, tokens)
+    drawn = rng.integers(0, 40, (10_000, 40))
+    low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.03 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.03 * (high - low))
+    equal, plain = (
+        paired_bootstrap(a, b, groups, weights=np.full(len(a), 7.0)),
+        paired_bootstrap(a, b, groups),
+    )
+    assert (equal.mean, equal.low, equal.high) == pytest.approx((plain.mean, plain.low, plain.high))
+    with pytest.raises(ValueError, match="as many positive weights"):
+        paired_bootstrap(a, b, groups, weights=tokens - 1)
+
+
+def test_one_number_a_group_has_the_mean_of_all_and_its_spread():
+    """The standard error of a ratio, by its groups' numbers and by simulation."""
+    differences, groups = [3.0, 1.0, 1.0, 1.0], ["a", "b", "b", "b"]
+    by_hand = 1.5 + np.array([3 - 1.5 * 1, 3 - 1.5 * 3]) / 2  # the mean of all is 6 / 4, of sizes 2
+    np.testing.assert_allclose(by_group(differences, groups), by_hand)
+    np.testing.assert_allclose(by_group([1, 3, 5, 5], ["a", "a", "b", "b"]), [2, 5], err_msg="equal sizes")
+    assert np.ptp(by_group([0.1] * 5, [0, 0, 1, 2, 2], [3, 1, 4, 1, 5])) == 0
+    rng = np.random.default_rng(7)
+    ratios, errors = [], []
+    for _ in range(400):
+        sizes = rng.integers(1, 5, 60)
+        owner = np.repeat(np.arange(60), sizes)
+        values = rng.normal(0.3, 1, 60)[owner] + rng.normal(0, 0.5, len(owner))
+        numbers = by_group(values, owner)
+        ratios.append(numbers.mean())
+        errors.append(numbers.std(ddof=1) / math.sqrt(60))
+        assert numbers.mean() == pytest.approx(values.mean())
+    assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.1)
+
+
+def test_a_comparison_restates_the_published_one():
+    """Guards: a gain of 2.28 of 100 told without its interval, on a tenth of the rows that it would need."""
+    standard = reference.norm.ppf((np.arange(178) + 0.5) / 178)
+    standard = np.random.default_rng(8).permutation((standard - standard.mean()) / standard.std(ddof=1))
+    deviation = (7.8 + 3.1) / 2 / reference.norm.ppf(0.975) * math.sqrt(178)
+    base = np.random.default_rng(9).uniform(0, 100, 178)
+    found = contrast(base + 2.28 + deviation * standard, base, list(range(178)), 0.01)
+    assert found is not None
+    gap = found["difference"]
+    assert (gap["low"], gap["high"]) == pytest.approx((-3.1, 7.8), abs=0.25)
+    assert found["groups_for_power"] == pytest.approx(2140, rel=0.04)
+    assert words.verdict(found, 178, "rows").startswith("No claim: the interval holds 0. About 2,")
+
+
+def test_rows_without_a_score_are_left_out_of_both_sides():
+    nan = float("nan")
+    found = contrast(
+        np.array([1.0, nan, 3.0, 9.0]), np.array([0.0, 5.0, 1.0, nan]), ["a", "b", "c", "d"], 0.0
+    )
+    assert found is not None
+    assert (found["mean"], found["mean_against"], found["difference"]["groups"]) == (2.0, 0.5, 2)
+    assert found["wins"]["wins"] == 2
+    assert contrast(np.array([1.0, nan]), np.array([0.0, 1.0]), ["a", "b"], 0.0) is None
+    assert contrast(np.array([1.0, 2.0]), np.array([0.0, 1.0]), ["a", "a"], 0.0) is None, "one witness"
+
+
+def test_a_difference_that_comes_by_chance_among_many_is_no_claim():
+    gap = {"mean": 0.1, "low": 0.01, "high": 0.2, "level": 0.95}
+    entry = {"difference": gap, "better": 1, "groups_for_power": 40}
+    assert words.verdict({**entry, "p_holm": 0.049}, 100).startswith("A gain")
+    said = words.verdict({**entry, "p_holm": 0.2}, 100)
+    assert said == "No claim: among so many comparisons one like this comes by chance (p 0.2)."
+    assert words.is_sure(entry) and not words.is_sure({**entry, "p_holm": 0.2})
 
 
 def test_rows_for_power_gives_that_power():

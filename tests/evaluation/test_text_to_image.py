@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from launching import ROOT, arguments, torchrun
+from servers import Scripted, chat
 
 from prefopt.diffusion.generator import Generator, Sampler
 from prefopt.errors import InputError
@@ -18,6 +19,7 @@ from prefopt.evaluation.report import write_report
 from prefopt.evaluation.scorers import Scorer
 from prefopt.evaluation.stats import paired_bootstrap, win_rate
 from prefopt.evaluation.text_to_image import compare
+from prefopt.judges.critic_cases import CRITICS, ScoreCase, Templates
 
 RECIPE = "recipes/compare_text_to_image.py"
 PROMPTS = ["a red lion", "two <script>alert(1)</script> zebras", "snow & ice"]
@@ -102,7 +104,7 @@ def test_scale_0_is_the_base_and_shares_its_images(compared):
     assert images["dpo at 0"] == images["base"] and not set(images["dpo at 1"]) & set(images["base"])
     assert len(list((folder / "images").iterdir())) == 18
     zero = summary["contrasts"][0]["metrics"]["brightness"]
-    assert zero["wins"]["ties"] == 6 and zero["difference"]["mean"] == 0 and zero["prompts_for_power"] is None
+    assert zero["wins"]["ties"] == 6 and zero["difference"]["mean"] == 0 and zero["groups_for_power"] is None
 
 
 def test_the_summary_is_the_statistics_of_the_table(compared):
@@ -220,13 +222,13 @@ def test_a_run_without_metrics_is_named(compared, tmp_path):
         write_report(compared[0], runs=[tmp_path])
 
 
-def contrast(mean, low, high, prompts_for_power=63, better=1):
+def contrast(mean, low, high, groups_for_power=63, better=1):
     gap = {"mean": mean, "low": low, "high": high, "level": 0.95}
     return {
         "mean": 0.41 + mean,
         "mean_against": 0.41,
         "difference": gap,
-        "prompts_for_power": prompts_for_power,
+        "groups_for_power": groups_for_power,
         "better": better,
     }
 
@@ -301,6 +303,8 @@ def test_the_recipe_by_path_in_two_processes_gives_what_one_gives(models, tmp_pa
         (["--prompts", "no-prompts.txt"], "no-prompts.txt"),
         (["--no_such_option", "1"], "no_such_option"),
         (["--systems", "base", "base"], "'base' is named twice among the systems"),
+        (["--critic", "./no-critic"], "no-critic"),
+        (["--critic_typed"], "name the --critic, too"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_exit_code_2(models, tmp_path, flags, message, monkeypatch, capsys):
@@ -310,6 +314,46 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(models, tmp_path, flags, 
     with pytest.raises(SystemExit) as stop:
         recipe(monkeypatch, *given, *adapter, *flags)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+# A critic
+
+
+def said_of(body):
+    """What a scripted critic says: nothing that can be read of prompts whose length 3 divides."""
+    text = body["messages"][0]["content"][-1]["text"]
+    assert "Does the picture show what was asked for?" in text
+    length = len(text.split("Description:")[1].split("\n\n")[0].strip())
+    return chat("I cannot tell." if length % 3 == 0 else f"It is fine.\nScore: {length}")
+
+
+def test_a_critic_grades_images_and_what_it_cannot_is_counted(models, tmp_path, monkeypatch, capsys):
+    """By the recipe, with a critic behind a server that sees each image once."""
+    with Scripted({"/v1/chat/completions": lambda body, _: said_of(body)}) as server:
+        options = tiny_comparison(models) | {"output_dir": tmp_path, "num_seeds": 1, "num_prompts": 8}
+        options |= {"critic": "my-critic", "critic_url": server.url, "seed": 5}
+        recipe(monkeypatch, *arguments(options))
+        asked = len(server.calls)
+        recipe(monkeypatch, *arguments(options | {"lora_scales": [1]}))
+        assert asked == len(server.calls) == 16 and len(server.bodies("/v1/chat/completions")) == 16
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        length = len(row["prompt"])
+        assert row["scores"]["critic"] == (None if length % 3 == 0 else length)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    read = [row["scores"]["critic"] for row in rows if row["system"] == "dpo" and row["scores"]["critic"]]
+    assert 0 < len(read) < 8
+    assert summary["systems"]["dpo"]["means"]["critic"] == pytest.approx(np.mean(read))
+    assert summary["systems"]["dpo"]["unread"] == {"critic": 8 - len(read)}
+    assert summary["contrasts"][0]["metrics"]["critic"]["difference"]["groups"] == len(read)
+    page = (tmp_path / "report.html").read_text()
+    assert f"could not be read: critic score (base {8 - len(read)}, dpo {8 - len(read)})" in page
+    assert "</span> unread" in page and "could not be read" in capsys.readouterr().out
+
+
+def test_a_typed_critic_of_images_has_words_for_them():
+    words = Templates.load(CRITICS / "image_typed").words(ScoreCase([], "Shown?", "a <lion>"))
+    assert "Question: Shown?" in words and words.endswith("is to answer: a <lion>")
 
 
 # Sweeps

@@ -1,0 +1,73 @@
+"""What is compared, as the command line names it; importing this imports no model library."""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prefopt.errors import InputError
+
+ADAPTER_CONFIG = "adapter_config.json"  # of peft's format
+
+
+class Named(NamedTuple):
+    """A system as it was named, such as `dpo=runs/dpo guidance=3`."""
+
+    name: str
+    path: str  # empty for the base model
+    words: list[str]  # what it has of its own
+
+
+def parse_system(text: str, changes: Collection[str] = ()) -> Named:
+    """A text of --systems in its parts; `changes` are the words that may follow the path, as `guidance`."""
+    # A folder's name may hold spaces.
+    first, *words = re.split(rf" +(?=(?:{'|'.join(changes)})=)", text) if changes else [text]
+    name, _, path = first.partition("=")
+    if not name.strip():
+        raise InputError(f"--systems {text!r} has no name; write name=path, or a name for the base model")
+    return Named(name, path, words)
+
+
+def check_each_once(what: str, items: Sequence[Any], least: int = 1) -> None:
+    """InputError unless there are enough of what is compared, each named once."""
+    if len(items) < least:
+        raise InputError(f"a comparison needs {least} {what} or more, not {len(items)}")
+    if len(set(items)) < len(items):
+        twice = next(item for item in items if items.count(item) > 1)
+        raise InputError(f"{twice!r} is named twice among the {what}; name each once")
+
+
+@dataclass(frozen=True)
+class VlmSystem:
+    """A vision-language model, with or without an adapter in peft's format; `dtype` as torch calls it."""
+
+    model: str
+    adapter: str | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    load_in_4bit: bool = False
+
+    @property
+    def base(self) -> "VlmSystem":
+        """The model without the adapter."""
+        return replace(self, adapter=None)
+
+
+def vlm_systems(texts: Sequence[str], base: VlmSystem) -> dict[str, VlmSystem]:
+    """Systems by name, from texts such as `sft=runs/vlm_sft`; a name without a path is the base model.
+
+    A path is the folder of an adapter or of a whole model; one that is neither is an InputError.
+    """
+    named = [parse_system(text) for text in texts]
+    check_each_once("systems", [system.name for system in named], least=2)
+    return {system.name: _at(Path(system.path), base) if system.path else base for system in named}
+
+
+def _at(folder: Path, base: VlmSystem) -> VlmSystem:
+    if (folder / ADAPTER_CONFIG).is_file():
+        return replace(base, adapter=str(folder))
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return replace(base, model=str(folder), revision=None)
+    inside = f"; name {folder / 'model'}" if (folder / "model" / "config.json").is_file() else ""
+    raise InputError(f"--systems: {folder} holds neither an adapter nor a model{inside}")
