@@ -20,10 +20,9 @@ with its prompts, how often both orders agree, and how often the chosen answer i
 The same command again repeats no finished call of a model, whatever ended it; another margin, rule or balance
 of lengths calls no model. The dataset is the same for any number of processes.
 
-Why the margin is 0.1: a critic that prefers the first place, whatever stands there, has a mean near 0.5 even
-where it also tells the answers apart, so a wide margin would leave out most of what it knows. With 0.1, pairs
-have a p_chosen of 0.6 or more, and the losses weigh the less sure ones less. Two orders that disagree have a
-mean below 0.75: `--margin 0.25` leaves only pairs on which both agree.
+Averaging log-odds cancels what the critic likes about one place, and leaves what it says of the answers. The
+default margin of 0.1 is far above rounding; what little a pair just above it says, p_chosen tells the loss. A
+pair's `consistent` says whether both orders agree.
 
 Left out: pairs from scores of single answers, which are coarser than comparisons; a test split, since a
 table's own splits are answered one by one; answers generated behind an endpoint, where a seed need not mean

@@ -58,8 +58,8 @@ class SelfCritiqueConfig:
 
     margin: float = option(
         0.1,
-        "Abstain unless the better answer's probability, the mean over both orders, exceeds 0.5 by this "
-        "much; above 0.25, only pairs on which both orders agree are left.",
+        "Abstain unless the better answer's probability, by the mean log-odds of both orders, exceeds 0.5 "
+        "by this much.",
     )
     pair_rule: PairRule = option("best_worst", "Which ranked answers become pairs, if there are more than 2.")
     balance_length: bool = option(

@@ -8,6 +8,7 @@ case's text, once: nothing in a text is read as a place or as code.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import exp, log
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -51,17 +52,23 @@ class PairCase:
 class Preference:
     """How likely the first answer is the better one, over both orders of the two."""
 
-    p_first: float  # the mean of both orders, in 0..1
+    p_first: float  # in 0..1, by the mean log-odds of both orders: a liking for one place cancels out
     consistent: bool  # both orders prefer the same answer, or neither of the two
 
     @classmethod
     def of(cls, straight: float | None, swapped: float | None) -> Self | None:
-        """The preference from the p of whatever answer stood first, in each order; None without both."""
+        """The preference from the p of whatever answer stood first, in each order; None without both.
+
+        A verdict of 0 or 1 has no log-odds: with one, it is the mean of both orders' p.
+        """
         if straight is None or swapped is None:
             return None
         one, other = straight - 0.5, 0.5 - swapped  # both towards the case's first answer
         agree = (one > 0) == (other > 0) and (one < 0) == (other < 0)
-        return cls(0.5 + (one + other) / 2, agree)
+        if not (0 < straight < 1 and 0 < swapped < 1):
+            return cls(0.5 + (one + other) / 2, agree)
+        log_odds = (log(straight / (1 - straight)) - log(swapped / (1 - swapped))) / 2
+        return cls(1 / (1 + exp(-log_odds)), agree)
 
 
 class Critic(Protocol):

@@ -136,7 +136,7 @@ def whole(workplace):
 
 
 def expected_p(row, first, second):
-    """How likely the first answer is the better one: both orders asked anew, and averaged."""
+    """How likely the first answer is the better one: both orders asked anew, their log-odds averaged."""
     question = "\n\n".join(
         block["text"] for message in row["prompt"] for block in message["content"] if block["text"]
     )
@@ -146,7 +146,7 @@ def expected_p(row, first, second):
     if any(answer.other_mass > 0.5 for answer in answers):
         return None
     straight, swapped = (answer.probabilities["the first answer"] for answer in answers)
-    return (straight + 1 - swapped) / 2
+    return 1 / (1 + (swapped / (1 - swapped) * (1 - straight) / straight) ** 0.5)
 
 
 def test_every_answer_is_in_the_table_with_its_comparison_or_its_reason(whole):

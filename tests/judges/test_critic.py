@@ -292,10 +292,12 @@ def test_a_typed_score_is_the_expected_level():
 @pytest.mark.parametrize(
     ("straight", "swapped", "expected"),
     [
-        (0.9, 0.3, Preference(0.8, True)),
-        (0.9, 0.7, Preference(0.6, False)),
-        (0.2, 0.9, Preference(0.15, True)),
+        (0.9, 0.3, Preference(21**0.5 / (1 + 21**0.5), True)),  # odds of 9 and 7 / 3
+        (0.9, 0.75, Preference(3**0.5 / (1 + 3**0.5), False)),  # of 9 and 1 / 3
+        (0.2, 0.8, Preference(0.2, True)),
+        (0.9, 0.9, Preference(0.5, False)),  # it likes the first place, whatever stands there
         (0.5, 0.5, Preference(0.5, True)),
+        (1.0, 0.5, Preference(0.75, False)),  # no odds: the mean of p
     ],
 )
 def test_a_typed_preference_is_a_probability_over_both_orders(straight, swapped, expected):

@@ -14,7 +14,6 @@ from servers import Scripted, chat
 from tiny_vlm import PEFT_ON_TRANSFORMERS_5
 from vlm_answers import read_rows, write_models
 
-from prefopt import pocket
 from prefopt.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings(PEFT_ON_TRANSFORMERS_5)
@@ -131,10 +130,11 @@ def test_bad_input_is_named(setting: dict, options: dict, message: str, tmp_path
         module.main(module.CompareVlmConfig(**{**setting, "output_dir": str(tmp_path), **options}))
 
 
-def test_pocket_is_a_model_questions_and_a_critic() -> None:
+def test_pocket_is_a_model_and_questions() -> None:
     config = recipe("compare_vlm").CompareVlmConfig(systems=["base", "again"], critic="pocket")
     assert config.dataset_name == config.model_name_or_path == "pocket"
-    assert config.critic_name == str(pocket.folder("critic"))
+    with pytest.raises(InputError, match="the pocket has no part 'critic'"):
+        _ = config.critic_name
     config.critic_url = "http://127.0.0.1:9"
     assert config.critic_name == "pocket", "a server has names of its own"
 
