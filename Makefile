@@ -1,7 +1,7 @@
 # Every target sets itself up on a fresh clone; the work is in scripts/.
-.PHONY: demo test lint
+.PHONY: demo demo-vlm test lint
 
-demo test lint: .venv/installed
+demo demo-vlm test lint: .venv/installed
 	scripts/$@
 
 .venv/installed: requirements.txt pyproject.toml

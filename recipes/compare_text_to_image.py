@@ -77,6 +77,11 @@ class CompareConfig(CriticOptions, GenerationOptions):
     def __post_init__(self) -> None:
         GenerationOptions.__post_init__(self)
         CriticOptions.__post_init__(self)
+        if self.critic == pocket.NAME and not self.critic_url:
+            raise InputError(
+                "the critic `pocket` grades answers to questions, not images for prompts: name another, or "
+                "leave --critic out; the pocket's images are graded by --oracle"
+            )
         pocket.fill_defaults(self, [self.model_name_or_path], "prompts", "clip_model_name_or_path")
         check_paths_exist(self, "clip_model_name_or_path")
         if self.prompts != pocket.NAME and not Path(str(self.prompts)).is_file():

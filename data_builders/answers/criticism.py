@@ -28,8 +28,8 @@ AnyCritic = TextCritic | TypedCritic
 def critic_of(config: SelfCritiqueConfig, device: torch.device) -> Lazy[AnyCritic]:
     """The critic that the options name; InputError now, not after hours of answers, if words are missing."""
     name, revision, adapter = config.critic
-    if config.critic_name_or_path and not config.critic_url:
-        name = pocket.resolve(name, "critic")
+    if not config.critic_name_or_path:
+        name = pocket.resolve(name, "llava")  # the model that answers, not the pocket's critic
     templates = config.critic_templates or (TEXT if config.critic_writes else TYPED)
     Templates.load(templates).words(PairCase([], "", "", "", "" if config.with_reference else None))
     return lazy_critic(

@@ -12,6 +12,7 @@ from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.vlm.cells import encoded_images
 from prefopt.vlm.examples import VisionExamples, read_vision_examples
+from prefopt.vlm.messages import question_of, text_of
 
 DUPLICATE = "duplicate"
 NOT_ONE_IMAGE = "not one image"
@@ -65,7 +66,7 @@ class Source:
                     "prompt": prompt,
                     "prompt_id": prompt_id,
                     "question": question_of(prompt),
-                    "reference": text_of_message(completions[0][0]),
+                    "reference": text_of(completions[0][0]),
                 }
         return list(records.values())
 
@@ -92,13 +93,3 @@ def read_source(config: SelfCritiqueConfig) -> Source:
     if config.max_rows is not None:
         examples = examples.select(range(min(config.max_rows, len(examples))))
     return Source(examples, config.block_size, one_image=not config.critic_writes)
-
-
-def question_of(prompt: Sequence[dict]) -> str:
-    """All texts of a prompt, the system's too: what a critic is told that was asked."""
-    return "\n\n".join(filter(None, map(text_of_message, prompt)))
-
-
-def text_of_message(message: dict) -> str:
-    """The texts of a message, without its images and the space around them."""
-    return "\n".join(block["text"] for block in message["content"] if block["type"] == "text").strip()

@@ -9,7 +9,7 @@ from PIL import Image
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.vlm.examples import VisionExample, VisionExamples
-from prefopt.vlm.messages import text_of
+from prefopt.vlm.messages import question_of, text_of
 from prefopt.vlm.splits import group_keys
 
 
@@ -26,14 +26,13 @@ class Asked:
 
     @property
     def question(self) -> str:
-        """The texts of the prompt: the user's words, or a conversation with its roles."""
-        said = [(message["role"], _text(message)) for message in self.prompt if _text(message)]
-        return said[0][1] if len(said) == 1 else "\n".join(f"{role}: {text}" for role, text in said)
+        """What a critic is told that was asked."""
+        return question_of(self.prompt)
 
     @property
     def reference(self) -> str:
         """The text of the right answer."""
-        return text_of([self.answer])
+        return text_of(self.answer)
 
     @property
     def key(self) -> str:
@@ -77,7 +76,3 @@ class Questions:
         """The question with its right answer as an example to score."""
         example = self.examples[asked.index, 0]
         return {**example, "where": asked.where, "prompt": asked.prompt, "completions": [[asked.answer]]}
-
-
-def _text(message: dict) -> str:
-    return "\n".join(block["text"] for block in message["content"] if block["type"] == "text").strip()

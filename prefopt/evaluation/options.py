@@ -51,7 +51,7 @@ class CriticOptions:
         from prefopt.judges.loading import lazy_critic
 
         return lazy_critic(
-            self.critic_name,
+            str(self.critic),
             self.critic_revision,
             url=self.critic_url,
             templates=self.critic_templates or Path(CRITICS, words),

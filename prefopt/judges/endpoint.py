@@ -2,10 +2,8 @@
 
 import json
 import logging
-from base64 import b64encode
 from collections.abc import Sequence
 from functools import partial
-from io import BytesIO
 from typing import Literal
 
 from PIL import Image
@@ -13,6 +11,7 @@ from PIL import Image
 from prefopt.endpoint import ABSENT, Endpoint, Refused, Unfit, in_parallel
 from prefopt.errors import InputError
 from prefopt.files import content_key
+from prefopt.images import png_base64
 from prefopt.judges.dialects import DIALECTS, Api, Request
 from prefopt.judges.questions import Answer, Case, Question
 
@@ -62,7 +61,7 @@ class EndpointJudge:
         for case in cases:
             if len({question.name for question in case.questions}) < len(case.questions):
                 raise ValueError("two questions of a case have one name")
-        pictures = in_parallel(_png, [case.image for case in cases], self.concurrency)
+        pictures = in_parallel(png_base64, [case.image for case in cases], self.concurrency)
         asked = [
             (place, Request(picture, case.prompt, part))
             for place, (case, picture) in enumerate(zip(cases, pictures, strict=True))
@@ -84,7 +83,7 @@ class EndpointJudge:
             raise Unfit(f"{self.endpoint.url}{dialect.path} of {self.model}: {error}") from error
 
     def _first_that_works(self) -> Api:
-        picture = _png(Image.new("RGB", (64, 64), (128, 128, 128)))
+        picture = png_base64(Image.new("RGB", (64, 64), (128, 128, 128)))
         request = Request(picture, "a grey square", (Question("grey", "Is this picture grey?"),))
         refusals = []
         for api in DIALECTS:
@@ -120,10 +119,3 @@ class EndpointJudge:
 
 def _in_parts(questions: tuple[Question, ...], most: int) -> list[tuple[Question, ...]]:
     return [questions[start : start + most] for start in range(0, len(questions), most)]
-
-
-def _png(image: Image.Image) -> str:
-    """The picture as a PNG in base64: nothing is lost, so the server sees what a judge at home would see."""
-    file = BytesIO()
-    image.convert("RGB").save(file, "PNG", compress_level=1)
-    return b64encode(file.getvalue()).decode("ascii")

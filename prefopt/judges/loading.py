@@ -89,7 +89,7 @@ def _vlm_judge(answerer: VlmAnswerer, batch_size: int) -> SharedPrefixJudge | De
 
 
 def load_critic(
-    model_name_or_path: str = "pocket", revision: str | None = None, **options: Any
+    model_name_or_path: str, revision: str | None = None, **options: Any
 ) -> TextCritic | TypedCritic:
     """The critic of `lazy_critic`, loaded."""
     return lazy_critic(model_name_or_path, revision, **options).load()
@@ -112,9 +112,15 @@ def lazy_critic(
 
     It writes at most `max_new_tokens` a reply, or, if `typed`, answers typed questions as the judge of
     `lazy_judge`, with `adapter` if one is named. `templates` is a folder of its words (see critic_cases), by
-    default ours. InputError for a critic that writes, with an adapter.
+    default ours. InputError for a critic that writes, with an adapter. `pocket` is its critic, which was
+    taught to answer typed questions and does not write.
     """
-    name, words = model_name_or_path, Templates.load(templates or (TYPED if typed else TEXT))
+    words = Templates.load(templates or (TYPED if typed else TEXT))
+    name = model_name_or_path if url else pocket.resolve(model_name_or_path, "critic")
+    if name != model_name_or_path and not typed:
+        raise InputError(
+            "the critic `pocket` answers typed questions and does not write: add --critic_typed (typed=True)"
+        )
     if typed:
         options: Any = {"url": url, "dtype": dtype, "device": device, "batch_size": batch_size}
         judge = lazy_judge(name, revision, adapter=adapter, **options)

@@ -1,10 +1,8 @@
 """Vision-language models that write replies, greedily: local ones, or behind an OpenAI-compatible server."""
 
 import json
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +11,7 @@ from PIL import Image
 from prefopt import pocket
 from prefopt.endpoint import Endpoint, chat_text, in_parallel
 from prefopt.files import content_key
+from prefopt.images import png_base64
 from prefopt.loading import files_identity, own_memory
 from prefopt.vlm.generate import Request, generate
 from prefopt.vlm.models import load_vlm
@@ -124,7 +123,8 @@ class EndpointWriter:
         return in_parallel(self._one, messages, self.concurrency)
 
     def _one(self, message: Message) -> Reply:
-        images = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in message.images]
+        urls = [f"data:image/png;base64,{png_base64(image)}" for image in message.images]
+        images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         body = {
             "model": self.name,
             "messages": [{"role": "user", "content": _blocks(images, message)}],
@@ -136,9 +136,3 @@ class EndpointWriter:
 
 def _blocks(images: list[dict], message: Message) -> list[dict]:
     return [*images, {"type": "text", "text": message.text}]
-
-
-def _data_url(image: Image.Image) -> str:
-    file = BytesIO()
-    image.convert("RGB").save(file, "PNG", compress_level=1)
-    return f"data:image/png;base64,{b64encode(file.getvalue()).decode('ascii')}"

@@ -66,7 +66,7 @@ class VisionExamples(torch.utils.data.Dataset):
             if self.soft_labels:
                 check_p_chosen(row["p_chosen"], self.where(item))
             _, completions = self._messages(row, len(images), item)
-            if kind == "pairs" and text_of(completions[0]) == text_of(completions[1]):
+            if kind == "pairs" and _said(completions[0]) == _said(completions[1]):
                 self.dropped["tie"] += 1
             else:
                 self.items.append(item)
@@ -218,6 +218,10 @@ def _pocket_rows(kind: Kind, split: str) -> datasets.Dataset:
     from prefopt.pocket.questions import qa_rows  # it draws, which nobody else needs
 
     return qa_rows(split)  # pyright: ignore[reportArgumentType] (it refuses a split that it does not have)
+
+
+def _said(completion: list[dict]) -> list[str]:
+    return [text_of(message) for message in completion]
 
 
 def _joined(hashes: tuple[str, ...]) -> str:

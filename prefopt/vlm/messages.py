@@ -4,6 +4,7 @@ A message is {role, content} or {from, value}; a content is text or a list of bl
 """
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from reprlib import repr as shortened
 from typing import Any
@@ -104,14 +105,21 @@ def check_completion(messages: list[dict], where: str, image_token: str, *, turn
                 f"{where} holds an image placeholder; only a prompt, what comes before the first answer, can "
                 "show images"
             )
-        if message["role"] == "assistant" and not text_of([message]):
+        if message["role"] == "assistant" and not text_of(message):
             raise InputError(f"{where} is empty; a completion needs at least one word in every answer")
     return completion
 
 
-def text_of(messages: list[dict]) -> str:
-    """The text of messages that hold nothing else, without the space around it."""
-    return "".join(block["text"] for message in messages for block in message["content"]).strip()
+def text_of(message: dict) -> str:
+    """The texts of a message, without its images and the space around them."""
+    between = "" if message["role"] == "assistant" else "\n"  # where a prompt's images stood
+    return between.join(block["text"] for block in message["content"] if block["type"] == "text").strip()
+
+
+def question_of(prompt: Sequence[dict]) -> str:
+    """What a critic is told that was asked: a prompt's texts, with the roles if it has several messages."""
+    said = [(message["role"], text_of(message)) for message in prompt if text_of(message)]
+    return said[0][1] if len(said) == 1 else "\n".join(f"{role}: {text}" for role, text in said)
 
 
 def _in_blocks(message: dict, where: str, image_token: str) -> dict:

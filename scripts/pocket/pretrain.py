@@ -8,7 +8,8 @@ measures the text-to-image model.
 What you should see on two free cores: under two hours in all; held-out pictures come through the VAE at 27 dB
 or more; oracle and CLIP are right on 98 and 95 % or more; the text-to-image model draws what was asked less
 than half of the time at its own guidance, and half of it under any more; the LLaVA answers 95 % of the
-rubric's questions about held-out pictures rightly.
+rubric's questions about held-out pictures rightly; of two answers to a question about a picture the critic
+prefers the right one nine times in ten.
 """
 
 import argparse
@@ -21,6 +22,8 @@ import torch
 from diffusers import AutoencoderKL
 from pretraining import (
     clip,
+    critic,
+    critic_quality,
     llava,
     llava_quality,
     oracle,
@@ -44,7 +47,17 @@ POOL = 12_000
 FLAWED = 36_000
 BOXED = 3_000
 PAIRS = 192
-SEEDS = {"vae": 1, "text_to_image": 3, "clip": 5, "oracle": 7, "pairs": 9, "llava": 21, "yolo_world": 11}
+DUOS = 6_000
+SEEDS = {
+    "vae": 1,
+    "text_to_image": 3,
+    "clip": 5,
+    "oracle": 7,
+    "pairs": 9,
+    "llava": 21,
+    "yolo_world": 11,
+    "critic": 31,
+}
 
 
 def command(part: str) -> str:
@@ -163,6 +176,20 @@ def make_llava(work: Path) -> None:
     record("llava", folder("llava"), command=command("llava"), seed=seed, steps=steps, quality=quality)
 
 
+def make_critic(work: Path) -> None:
+    seed = SEEDS["critic"]
+    plan = {"asking": (1200, 16), "grading": (900, 16), "comparing": (1000, 32)}  # steps, rows of a batch
+    runs = {
+        name: Run(work / f"critic_{name}", seed + i, steps, batch, learning_rate=1e-3, average=0.99)
+        for i, (name, (steps, batch)) in enumerate(plan.items())
+    }
+    model, processor = critic.train(runs, DUOS)
+    save_half(model, folder("critic"))
+    processor.save_pretrained(folder("critic"))
+    quality, steps = critic_quality.measure(folder("critic")), {name: run.steps for name, run in runs.items()}
+    record("critic", folder("critic"), command=command("critic"), seed=seed, steps=steps, quality=quality)
+
+
 def make_yolo_world(work: Path) -> None:
     run = Run(work / "yolo_world", SEEDS["yolo_world"], steps=1600, batch=32, learning_rate=2e-3)
     vae_model = shipped_vae(folder("text_to_image") / "vae")
@@ -188,6 +215,7 @@ PARTS = {
     "text_to_image": make_text_to_image,
     "pairs": make_pairs,
     "llava": make_llava,
+    "critic": make_critic,
     "yolo_world": make_yolo_world,
 }
 

@@ -14,6 +14,7 @@ from servers import Scripted, chat
 from tiny_vlm import PEFT_ON_TRANSFORMERS_5
 from vlm_answers import read_rows, write_models
 
+from prefopt import pocket
 from prefopt.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings(PEFT_ON_TRANSFORMERS_5)
@@ -131,10 +132,13 @@ def test_bad_input_is_named(setting: dict, options: dict, message: str, tmp_path
 
 
 def test_pocket_is_a_model_and_questions() -> None:
-    config = recipe("compare_vlm").CompareVlmConfig(systems=["base", "again"], critic="pocket")
+    options: dict[str, Any] = {"systems": ["base", "again"], "critic": "pocket"}
+    module = recipe("compare_vlm")
+    config = module.CompareVlmConfig(**options, critic_typed=True)
     assert config.dataset_name == config.model_name_or_path == "pocket"
-    with pytest.raises(InputError, match="the pocket has no part 'critic'"):
-        _ = config.critic_name
+    assert config.critic_name == str(pocket.folder("critic"))
+    with pytest.raises(InputError, match="does not write: add --critic_typed"):
+        module.CompareVlmConfig(**options).lazy_critic("cpu", "text")
     config.critic_url = "http://127.0.0.1:9"
     assert config.critic_name == "pocket", "a server has names of its own"
 
