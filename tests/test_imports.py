@@ -127,7 +127,7 @@ UNSAFE = {
 @pytest.mark.parametrize("what", UNSAFE)
 def test_nothing_unsafe_is_called(what):
     templates = [path for folder in FOLDERS[:2] for path in (ROOT / folder).rglob("*.jinja")]
-    assert len(templates) == 7
+    assert len(templates) >= 7
     found = [relative(path) for path in FILES + templates if re.search(UNSAFE[what], path.read_text())]
     assert not found
 

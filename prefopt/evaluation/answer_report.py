@@ -28,12 +28,11 @@ def write_reports(
     folder = Path(output_dir)
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     headline = headlines(summary)
-    first, *others = summary["systems"]
     page = (
         page_templates(Path(__file__).parent)
         .get_template("answers.html.jinja")
         .render(
-            title=title or f"{' and '.join(others)} against {first}",
+            title=title or _title(*summary["systems"]),
             summary=summary,
             headline=headline,
             titles={metric: told["title"] for metric, told in headline.items()},
@@ -53,6 +52,11 @@ def write_reports(
         write_atomically(folder / "table.md", markdown(summary))
         write_atomically(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _title(first: str, *others: str) -> str:
+    named = " and ".join(others) if len(others) < 3 else f"{len(others)} models"
+    return f"{named} against {first}"
 
 
 def witnesses(summary: Mapping) -> str:
