@@ -5,9 +5,12 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import ROOT
@@ -180,8 +183,14 @@ def allowed() -> set[str]:
     return loaded("from transformers import TrainingArguments")
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("path", ENTRY_POINTS, ids=lambda path: path.stem)
+def asked() -> Iterator[Any]:
+    """Every entry point with every mistake; where training's options take seconds, the furthest is enough."""
+    for path, mistake in product(ENTRY_POINTS, MISTAKES):
+        marks = [pytest.mark.slow] if path.stem in TRAINING and mistake != "wrong path" else []
+        yield pytest.param(path, mistake, marks=marks, id=f"{path.stem}-{mistake}")
+
+
+@pytest.mark.parametrize(("path", "mistake"), asked())
 def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(path, mistake, allowed):
     run = "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     modules = loaded(run, str(path), *MISTAKES[mistake])
