@@ -190,7 +190,7 @@ def asked() -> Iterator[Any]:
         yield pytest.param(path, mistake, marks=marks, id=f"{path.stem}-{mistake}")
 
 
-@pytest.mark.parametrize(("path", "mistake"), asked())
+@pytest.mark.parametrize(("path", "mistake"), list(asked()))
 def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(path, mistake, allowed):
     run = "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     modules = loaded(run, str(path), *MISTAKES[mistake])
