@@ -2,14 +2,14 @@
 
 A score is one number per candidate that rises when the model likes the candidate more: on a language side the
 sum of log p over the completion's tokens, on a diffusion side minus the denoising error. Every function here
-maps tensors of shape (batch,) to losses of shape (batch,): no reduction, no state, no flag that selects
-another loss.
+maps tensors of shape (batch,), or (batch, k) of ranked lists, to losses of shape (batch,): no reduction, no
+state, no flag that selects another loss.
 
 beta is plain: it multiplies the margin and nothing else. The Diffusion-DPO code (arXiv 2311.12908) multiplies
 by half of its `beta_dpo`; that half is taken where the command line is read, not here.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -111,6 +111,78 @@ def simpo_loss(policy: Pair, *, beta: float, gamma: float) -> PreferenceLoss:
     return PreferenceLoss(-logsigmoid(rewards.margin - gamma), _detached(rewards))
 
 
+class ListLoss(NamedTuple):
+    """What an objective on ranked lists returns."""
+
+    losses: Tensor  # (batch,)
+    rewards: Tensor  # (batch, k), beta * (score - reference score), detached; 0 where a list was padded
+
+
+def plackett_luce_loss(
+    policy: Tensor, ranks: Tensor, *, beta: float, reference: Tensor | None = None
+) -> ListLoss:
+    """The negative log-probability of a ranking: at each place, the one that stands there is picked among
+    itself and all that are ranked below it.
+
+    -sum_j [r_j - logsumexp over j and all i ranked below j of r_i], r = beta (score - reference score);
+    Plackett-Luce as in arXiv 2305.18290, appendix A.3; without a reference, CPO on lists. `policy`,
+    `reference` and `ranks` are (batch, k); rank 1 is the best, equal ranks are a tie, about which nothing is
+    said, and 0 is a padded place.
+    """
+    rewards = _list_rewards(policy, ranks, beta, reference)
+    better = _better(ranks)
+    itself = torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
+    rivals = rewards[:, None, :].masked_fill(~(better | itself), -torch.inf)
+    # What has nothing below it has no rival but itself, and adds 0; so does a padded place.
+    losses = (rivals.logsumexp(2) - rewards).sum(1)
+    return ListLoss(losses, rewards.detach())
+
+
+PairWeights = Literal["uniform", "adjacent", "dcg"]
+
+
+def rank_dpo_loss(
+    policy: Tensor,
+    ranks: Tensor,
+    *,
+    beta: float,
+    reference: Tensor | None = None,
+    weights: PairWeights = "uniform",
+) -> ListLoss:
+    """DPO on every two candidates of a list of which one is ranked higher: a weighted mean over these pairs.
+
+    `weights` are those of `pair_weights`; shapes and ranks as in `plackett_luce_loss`. Since it is a mean, a
+    list counts no more for being long; one in which all tie has loss 0.
+    """
+    rewards = _list_rewards(policy, ranks, beta, reference)
+    margins = rewards[:, :, None] - rewards[:, None, :]
+    losses = pair_weights(ranks, weights, rewards.dtype) * -logsigmoid(margins)
+    return ListLoss(losses.sum((1, 2)), rewards.detach())
+
+
+def pair_weights(ranks: Tensor, weights: PairWeights, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(batch, k, k): the weight of the pair [i, j], i ranked above j; 0 for any other, 1 in all for a list.
+
+    `uniform`: all pairs alike. `adjacent`: those alone between whose ranks no other lies. `dcg`: by what the
+    list's discounted cumulative gain loses if the two change places, so that the top counts most. That is the
+    difference of their gains 2^relevance - 1, relevance falling from 1 at the best rank to 0 at the worst,
+    times that of their discounts 1 / log2(1 + rank); after LiPO, arXiv 2402.01878.
+    """
+    better = _better(ranks)
+    weight = better.to(dtype)
+    if weights == "adjacent":
+        weight = weight * (weight @ weight == 0)
+    elif weights == "dcg":
+        worst = ranks.amax(1, keepdim=True)
+        gain = 2 ** ((worst - ranks) / (worst - 1).clamp(min=1)).to(dtype)
+        discount = 1 / torch.log2(1 + ranks.clamp(min=1).to(dtype))
+        weight = weight * (gain[:, :, None] - gain[:, None]) * (discount[:, :, None] - discount[:, None])
+    elif weights != "uniform":
+        raise ValueError(f"weights are {', '.join(get_args(PairWeights))}, not {weights!r}")
+    total = weight.sum((1, 2), keepdim=True)
+    return weight / total.where(total > 0, 1)
+
+
 def sft_loss(chosen_nll: Tensor) -> Tensor:
     """Supervised fine-tuning: the chosen's negative log-likelihood or denoising error (batch,), as it is."""
     return chosen_nll
@@ -122,3 +194,14 @@ def _rewards(policy: Pair, reference: Pair, beta: float) -> Pair:
 
 def _detached(rewards: Pair) -> Pair:
     return Pair(rewards.chosen.detach(), rewards.rejected.detach())
+
+
+def _list_rewards(policy: Tensor, ranks: Tensor, beta: float, reference: Tensor | None) -> Tensor:
+    scores = policy if reference is None else policy - reference
+    return (beta * scores).masked_fill(ranks == 0, 0.0)
+
+
+def _better(ranks: Tensor) -> Tensor:
+    """(batch, k, k): whether candidate i is ranked above j, both being there."""
+    there = ranks > 0
+    return (ranks[:, :, None] < ranks[:, None]) & there[:, :, None] & there[:, None]
