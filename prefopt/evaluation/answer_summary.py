@@ -75,6 +75,8 @@ def summarise_answers(
 
     pairs = [compared(name, against) for against, name in combinations(systems, 2)]
     _correct(pairs, metrics)
+    # The first system's answers are compared with none.
+    own = scores | {first: {metric: scores[first][metric] for metric in metrics if metric != PREFERENCE}}
     bleu = {name: corpus_bleu(*_texts(of_one)) for name, of_one in table.items()}
     return {
         "versions": versions(),
@@ -86,15 +88,11 @@ def summarise_answers(
             name: {
                 **systems[name],
                 "means": {
-                    "loss": mean(scores[name]["loss"], tokens),
+                    "loss": mean(own[name]["loss"], tokens),
                     "bleu": bleu[name][0],
-                    **{
-                        metric: mean(values)
-                        for metric, values in scores[name].items()
-                        if metric not in LOSS and (metric, name) != (PREFERENCE, first)
-                    },
+                    **{metric: mean(values) for metric, values in own[name].items() if metric not in LOSS},
                 },
-                "unread": _unread(scores[name], is_first=name == first),
+                "unread": unread(own[name]),
                 **_facts(table[name], table[first]),
             }
             for name in systems
@@ -109,10 +107,6 @@ def _scores(rows: Sequence[Mapping], metrics: Mapping[str, Mapping]) -> dict[str
     return {
         metric: np.array([row["scores"].get(metric) for row in rows], dtype=np.float64) for metric in metrics
     }
-
-
-def _unread(scores: Mapping[str, np.ndarray], *, is_first: bool) -> dict[str, int]:
-    return unread({name: values for name, values in scores.items() if not (is_first and name == PREFERENCE)})
 
 
 def _texts(rows: Sequence[Mapping]) -> tuple[list[str], list[str]]:

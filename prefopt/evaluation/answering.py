@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, BitsAndBytesConfig, ProcessorMixin
+from transformers import AutoProcessor, ProcessorMixin
 
 from prefopt import pocket
 from prefopt.errors import InputError
@@ -25,7 +25,7 @@ from prefopt.vlm.examples import VisionExample, read_vision_examples
 from prefopt.vlm.generate import Request, generate
 from prefopt.vlm.inference import adapter_identity
 from prefopt.vlm.messages import PLACEHOLDER
-from prefopt.vlm.models import VLM, load_vlm, start_from_lora
+from prefopt.vlm.models import VLM, four_bits, load_vlm, start_from_lora
 from prefopt.vlm.rows import unshareable
 from prefopt.vlm.scoring import CompletionScore, check_head
 from prefopt.vlm.trees import PromptPositions
@@ -171,17 +171,11 @@ def weights_of(system: VlmSystem) -> dict[str, str | None]:
 def load_system(base: VlmSystem, device: torch.device) -> tuple[Any, ProcessorMixin]:
     """A system's model without its adapter, in evaluation mode on the device, and its processor."""
     dtype = getattr(torch, base.dtype)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-    )
     model, processor = load_vlm(
         _name(base),
         revision=base.revision,
         dtype=dtype,
-        quantization=quantization if base.load_in_4bit else None,
+        quantization=four_bits(dtype) if base.load_in_4bit else None,
     )
     check_head(model.config)
     loaded: Any = model.eval()

@@ -1,7 +1,9 @@
-"""Scores by content key: those kept from earlier runs, and the new ones; each process its share."""
+"""Scores by content key, kept ones and new ones, each process its share; and the results, written once."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from tqdm.auto import tqdm
 
 from prefopt.errors import InputError
 from prefopt.evaluation.scorers import Scorer
-from prefopt.files import content_key
+from prefopt.files import content_key, reporting_write_errors, write_atomically
 from prefopt.store import Ledger
 
 Scores = dict[str, float | bool | None]  # a scorer's scores of one output, by part
@@ -46,6 +48,16 @@ def kept_scores(
             ledger.add({entries[key]: scores for key, scores in new.items()})
         found |= new
     return found
+
+
+def write_results(folder: Path, rows: Sequence[Mapping], summary: Mapping) -> None:
+    """Write results.jsonl and summary.json, on one process; the others wait."""
+    state = processes()
+    if state.is_main_process:
+        with reporting_write_errors(folder):
+            write_atomically(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    state.wait_for_everyone()
 
 
 def _by_output(scorer: Scorer, values: Any, count: int) -> list[Scores]:

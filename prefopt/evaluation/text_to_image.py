@@ -21,10 +21,10 @@ from prefopt.diffusion.generator import Generator, Sampler
 from prefopt.diffusion.lora import set_adapter_scale
 from prefopt.diffusion.sampling import load_generator, sample
 from prefopt.evaluation.scorers import Scorer
-from prefopt.evaluation.scoring import Scores, kept_scores, processes, quiet
+from prefopt.evaluation.scoring import Scores, kept_scores, processes, quiet, write_results
 from prefopt.evaluation.summary import summarise
 from prefopt.evaluation.systems import check_each_once
-from prefopt.files import content_key, replacing, reporting_write_errors, write_atomically
+from prefopt.files import content_key, replacing, reporting_write_errors
 from prefopt.store import Ledger
 
 SEEDS_APART = 1000  # from a prompt's seeds to the next prompt's
@@ -92,11 +92,7 @@ def compare(
         for name, generator in systems.items()
     }
     summary = summarise(rows, described, metrics, tie, groups)
-    if state.is_main_process:
-        with reporting_write_errors(folder):
-            write_atomically(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    state.wait_for_everyone()
+    write_results(folder, rows, summary)
     return summary
 
 

@@ -22,9 +22,9 @@ from prefopt.evaluation.answer_summary import LOSS, summarise_answers
 from prefopt.evaluation.answering import Answered, Answering, weights_of
 from prefopt.evaluation.asked import Asked, Questions
 from prefopt.evaluation.scorers import Scorer
-from prefopt.evaluation.scoring import Scores, kept_scores, processes
+from prefopt.evaluation.scoring import Scores, kept_scores, processes, write_results
 from prefopt.evaluation.systems import VlmSystem, check_each_once
-from prefopt.files import content_key, reporting_write_errors, write_atomically
+from prefopt.files import content_key
 from prefopt.judges.critic_cases import PairCase, ScoreCase
 from prefopt.store import Ledger
 
@@ -97,11 +97,7 @@ def compare(
     summary = summarise_answers(
         rows, described, metrics, {**(about or {}), "max_new_tokens": max_new_tokens}, tie
     )
-    if state.is_main_process:
-        with reporting_write_errors(folder):
-            write_atomically(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    state.wait_for_everyone()
+    write_results(folder, rows, summary)
     return summary
 
 

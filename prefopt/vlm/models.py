@@ -33,6 +33,18 @@ from prefopt.loading import UNUSABLE, first_line, load_complete, load_part, not_
 VLM = "vision-language model"
 
 
+def four_bits(
+    dtype: torch.dtype, quant_type: str = "nf4", *, double_quantization: bool = True
+) -> BitsAndBytesConfig:
+    """QLoRA's 4-bit weights, arXiv 2305.14314, in layers that compute in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quantization,
+    )
+
+
 def load_vlm(
     model_name_or_path: str,
     *,

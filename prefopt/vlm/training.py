@@ -20,7 +20,7 @@ from prefopt.vlm.batches import Collator
 from prefopt.vlm.config import VlmConfig
 from prefopt.vlm.examples import VisionExamples, read_vision_examples
 from prefopt.vlm.formats import Kind
-from prefopt.vlm.models import add_lora, check_saved_adapter, load_vlm, start_from_lora
+from prefopt.vlm.models import add_lora, check_saved_adapter, four_bits, load_vlm, start_from_lora
 from prefopt.vlm.rows import unshareable
 from prefopt.vlm.scoring import CompletionScore, check_head
 from prefopt.vlm.splits import split_by_image
@@ -166,11 +166,10 @@ def quantization(config: VlmConfig) -> BitsAndBytesConfig | None:
     if not config.load_in_4bit:
         return None
     precision = "bfloat16" if config.bf16 else "float16" if config.fp16 else config.dtype
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=getattr(torch, precision),
-        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+    return four_bits(
+        getattr(torch, precision),
+        config.bnb_4bit_quant_type,
+        double_quantization=config.use_bnb_nested_quant,
     )
 
 

@@ -66,7 +66,7 @@ def right_answer(_: np.random.Generator, asked: Asked) -> Graded:
 
 def one_off(rng: np.random.Generator, asked: Asked) -> Graded:
     """An answer that the question admits, with one wrong fact; a wrong colour is often the other group's."""
-    off = answers_off(asked, 1)
+    off = answers_off(asked)
     fact = str(rng.choice(sorted(off)))
     wrong = off[fact]
     other = {scene.colour for scene in asked.duo}
@@ -75,12 +75,12 @@ def one_off(rng: np.random.Generator, asked: Asked) -> Graded:
     return _in_form(asked, pool[rng.integers(len(pool))])
 
 
-def answers_off(asked: Asked, most: int) -> dict[str, list[str]]:
-    """Answers that the question admits with 1..`most` wrong facts, by the first fact that is wrong."""
+def answers_off(asked: Asked) -> dict[str, list[str]]:
+    """Answers that the question admits with one wrong fact, by that fact."""
     found = dict[str, list[str]]()
     for answer in answers_to(asked.question):
         wrong = wrong_facts(answer, asked.answer)
-        if 0 < len(wrong) <= most:
+        if len(wrong) == 1:
             found.setdefault(wrong[0], []).append(answer)
     return found
 
