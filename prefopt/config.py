@@ -58,6 +58,16 @@ class PreferenceConfig(TrainingArguments):
         check_interval(self, "[1, inf)", "visits")
         check_interval(self, "(0, 1)", "ema_decay")
 
+    @property
+    def global_batch(self) -> int:
+        """Examples of an optimizer step, over accumulation and processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order in which an epoch reads its examples."""
+        return self.data_seed if self.data_seed is not None else self.seed
+
 
 @dataclass
 class LoraArguments:

@@ -8,6 +8,7 @@ read: the epoch, or the epoch modulo R when the draws are to repeat after R epoc
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +69,24 @@ def grouped_order(seed: int, epoch: int, groups: Sequence[Hashable]) -> np.ndarr
     together = list(members.values())
     order = epoch_order(seed, epoch, len(together))
     return np.array([item for place in order for item in together[place]])
+
+
+def stratified_time(
+    time: np.float32, seed: int, item: int, visit: int, *, length: int, global_batch: int
+) -> np.float32:
+    """A time that lies in its own of `global_batch` equal parts of [0, 1) for each example of a step.
+
+    That holds for the examples of an epoch as `epoch_order` orders them, the epoch being the visit; over the
+    visits an item's times stay uniform. A pure function as any draw.
+    """
+    stratum = _places(seed, visit, length)[item] % global_batch
+    return np.float32(min((stratum + np.float64(time)) / global_batch, np.nextafter(np.float32(1), 0)))
+
+
+@lru_cache(maxsize=4)
+def _places(seed: int, epoch: int, length: int) -> np.ndarray:
+    """Where each item stands in an epoch's order."""
+    return np.argsort(epoch_order(seed, epoch, length))
 
 
 class VisitSampler(Sampler[tuple[int, int]]):

@@ -129,7 +129,8 @@ def plackett_luce_loss(
     `reference` and `ranks` are (batch, k); rank 1 is the best, equal ranks are a tie, about which nothing is
     said, and 0 is a padded place.
     """
-    rewards = _list_rewards(policy, ranks, beta, reference)
+    scores = policy if reference is None else policy - reference
+    rewards = (beta * scores).masked_fill(ranks == 0, 0.0)
     better = _better(ranks)
     itself = torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
     rivals = rewards[:, None, :].masked_fill(~(better | itself), -torch.inf)
@@ -154,10 +155,42 @@ def rank_dpo_loss(
     `weights` are those of `pair_weights`; shapes and ranks as in `plackett_luce_loss`. Since it is a mean, a
     list counts no more for being long; one in which all tie has loss 0.
     """
-    rewards = _list_rewards(policy, ranks, beta, reference)
-    margins = rewards[:, :, None] - rewards[:, None, :]
-    losses = pair_weights(ranks, weights, rewards.dtype) * -logsigmoid(margins)
-    return ListLoss(losses.sum((1, 2)), rewards.detach())
+    sides = every_pair(policy, ranks), every_pair(torch.zeros_like(policy), ranks)
+    if reference is not None:
+        sides = sides[0], every_pair(reference, ranks)
+    return over_pairs(dpo_loss(*sides, beta=beta), ranks, weights)
+
+
+def every_pair(scores: Tensor, ranks: Tensor) -> Pair:
+    """Scores (batch, k) as those of all pairs [i, j], i chosen and j rejected, each side (batch, k, k).
+
+    A padded place has the score 0 and no gradient.
+    """
+    scores = scores.masked_fill(ranks == 0, 0.0)
+    return Pair(*torch.broadcast_tensors(scores[:, :, None], scores[:, None, :]))
+
+
+def over_pairs(outcome: PreferenceLoss, ranks: Tensor, weights: PairWeights) -> ListLoss:
+    """The weighted mean of any pair loss that was computed of `every_pair`."""
+    losses = outcome.losses * pair_weights(ranks, weights, outcome.losses.dtype)
+    return ListLoss(losses.sum((1, 2)), outcome.rewards.chosen[:, :, 0])
+
+
+def guard_winner(scores: Pair, residuals: Tensor, mu: float) -> Pair:
+    """The scores of `every_pair`, with a rejected side's gradient scaled so that, to first order, a step does
+    not raise the error of its chosen side; arXiv 2511.03317, in the space of the network's outputs.
+
+    `residuals` (batch, k, ...) are prediction minus target. The scale of the pair [i, j] is (1 - mu) times
+    |r_i|^2 / <r_i, r_j> where that is under 1 and the two point the same way, else 1; `mu` in [0, 1) is how
+    much is kept in reserve. The values stay what they are.
+    """
+    flat = residuals.detach().flatten(2)
+    alike = flat @ flat.mT
+    own = alike.diagonal(dim1=1, dim2=2)[:, :, None]
+    scale = ((1 - mu) * own / alike.clamp(min=torch.finfo(alike.dtype).tiny)).clamp(max=1)
+    scale = scale.where(alike > 0, 1)
+    still = scores.rejected.detach()
+    return Pair(scores.chosen, still + scale * (scores.rejected - still))
 
 
 def pair_weights(ranks: Tensor, weights: PairWeights, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -183,6 +216,41 @@ def pair_weights(ranks: Tensor, weights: PairWeights, dtype: torch.dtype = torch
     return weight / total.where(total > 0, 1)
 
 
+def mapo_loss(errors: Pair, *, beta: float, snr: float = 0.5, steps: int = 1000) -> PreferenceLoss:
+    """Margin-aware preference optimization: the chosen's error, and beta times a margin that needs no
+    reference; arXiv 2406.06424.
+
+    errors_w - beta log sigmoid(steps * (phi(errors_w) - phi(errors_l))), phi(e) = snr e / (exp(snr e) - 1),
+    which falls from 1 as the denoising error e grows; `snr` and `steps` as in the authors' code.
+    """
+    exponents = [snr * error.clamp(min=1e-12) for error in errors]  # 0 / 0 has no limit in floats
+    soft = Pair(*(exponent / torch.expm1(exponent) for exponent in exponents))
+    losses = errors.chosen - beta * logsigmoid(steps * soft.margin)
+    return PreferenceLoss(losses, _detached(Pair(steps * soft.chosen, steps * soft.rejected)))
+
+
+def best_and_worst(values: Tensor, ranks: Tensor) -> Pair:
+    """The means of values (batch, k) over the candidates of the best rank and of the worst, each (batch,)."""
+    last = ranks.amax(1, keepdim=True)
+    return Pair(*(values.masked_fill(ranks != rank, 0).sum(1) / (ranks == rank).sum(1) for rank in (1, last)))
+
+
+def reward_metrics(rewards: Tensor, ranks: Tensor) -> dict[str, Tensor]:
+    """What is logged of rewards (batch, k) under trl's names, (batch,) each.
+
+    Of a list, `chosen` and `rejected` are those of the best rank and of the worst, and the accuracy is the
+    share of its pairs whose better candidate has the higher reward; a tie of rewards counts one half.
+    """
+    pair, margins = best_and_worst(rewards, ranks), every_pair(rewards, ranks).margin
+    right = (margins > 0).to(rewards.dtype) + 0.5 * (margins == 0)
+    return {
+        "rewards/chosen": pair.chosen,
+        "rewards/rejected": pair.rejected,
+        "rewards/margins": pair.margin,
+        "rewards/accuracies": (right * pair_weights(ranks, "uniform", rewards.dtype)).sum((1, 2)),
+    }
+
+
 def sft_loss(chosen_nll: Tensor) -> Tensor:
     """Supervised fine-tuning: the chosen's negative log-likelihood or denoising error (batch,), as it is."""
     return chosen_nll
@@ -194,11 +262,6 @@ def _rewards(policy: Pair, reference: Pair, beta: float) -> Pair:
 
 def _detached(rewards: Pair) -> Pair:
     return Pair(rewards.chosen.detach(), rewards.rejected.detach())
-
-
-def _list_rewards(policy: Tensor, ranks: Tensor, beta: float, reference: Tensor | None) -> Tensor:
-    scores = policy if reference is None else policy - reference
-    return (beta * scores).masked_fill(ranks == 0, 0.0)
 
 
 def _better(ranks: Tensor) -> Tensor:

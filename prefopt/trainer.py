@@ -26,6 +26,7 @@ from prefopt.config import LATEST, PreferenceConfig
 from prefopt.draws import VisitSampler
 from prefopt.errors import InputError
 from prefopt.files import exclusive_lock, reporting_write_errors
+from prefopt.losses import reward_metrics
 from prefopt.objectives import Batch, Loss, Objective, Scored
 from prefopt.reference import cache_reference, reference_model, where
 from prefopt.runs import Ema, Interrupt, MetricsFile, Progress, write_config
@@ -74,8 +75,8 @@ class PreferenceTrainer(CheckpointingTrainer):
     ):
         if missing := sorted(objective.needs - score.extras):
             raise InputError(
-                f"this --loss_type needs {' and '.join(missing)}, which {type(model).__name__} cannot give; "
-                "choose another --loss_type"
+                f"this objective needs {' and '.join(missing)}, which {type(model).__name__} cannot give; "
+                "choose another --loss_type, or leave out the option that needs it"
             )
         self.score, self.objective, self.batch_metrics = score, objective, metrics
         self.prepare_batch, self.groups = prepare, groups
@@ -100,14 +101,9 @@ class PreferenceTrainer(CheckpointingTrainer):
     # The run
 
     @property
-    def global_batch(self) -> int:
-        """Examples of an optimizer step, over accumulation and processes."""
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-
-    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch; the last one is filled up."""
-        return math.ceil(len(self.train_dataset) / self.global_batch)
+        return math.ceil(len(self.train_dataset) / self.args.global_batch)
 
     @property
     def total_steps(self) -> int:
@@ -149,11 +145,11 @@ class PreferenceTrainer(CheckpointingTrainer):
     def arithmetic(self) -> str:
         """How the examples make steps, in words."""
         args, items, steps = self.args, len(self.train_dataset), self.steps_per_epoch
-        extra = steps * self.global_batch - items
+        extra = steps * self.args.global_batch - items
         filled = f" ({extra} read twice to fill its last step)" if extra else ""
         return (
             f"{items} examples; {args.train_batch_size} a batch x {args.gradient_accumulation_steps} "
-            f"accumulated x {args.world_size} processes = {self.global_batch} a step; "
+            f"accumulated x {args.world_size} processes = {self.args.global_batch} a step; "
             f"{steps} steps an epoch{filled}, {self.total_steps} in all"
         )
 
@@ -197,8 +193,8 @@ class PreferenceTrainer(CheckpointingTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> VisitSampler:
         return VisitSampler(
             len(self.train_dataset),
-            global_batch=self.global_batch,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            global_batch=self.args.global_batch,
+            seed=self.args.order_seed,
             epoch=lambda: self.state.global_step // self.steps_per_epoch,
             visits=self.args.visits,
             groups=self.groups,
@@ -294,12 +290,8 @@ class PreferenceTrainer(CheckpointingTrainer):
         metrics = self.batch_metrics(inputs, scores) if self.batch_metrics else {}
         metrics |= {name: (values, torch.ones_like(values)) for name, values in loss.terms.items()}
         if loss.rewards is not None:
-            chosen, rejected = loss.rewards[:, 0], loss.rewards[:, -1]
-            ones = torch.ones_like(chosen)
-            wins = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()  # a tie counts one half
-            metrics["rewards/chosen"], metrics["rewards/rejected"] = (chosen, ones), (rejected, ones)
-            metrics["rewards/margins"] = (chosen - rejected, ones)
-            metrics["rewards/accuracies"] = (wins, ones)
+            rewards = reward_metrics(loss.rewards, inputs["ranks"])
+            metrics |= {name: (values, torch.ones_like(values)) for name, values in rewards.items()}
         for name, (values, weights) in metrics.items():
             pair = torch.stack([(values * weights).sum(), weights.sum()]).float()  # MPS knows no float64
             self._sums[name] = self._sums.get(name, torch.zeros_like(pair)) + pair

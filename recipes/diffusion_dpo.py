@@ -45,13 +45,13 @@ class DiffusionDPOConfig(DiffusionConfig, ObjectiveOptions):
 
 def main(config: DiffusionDPOConfig):
     """Read, encode, train, save; the trainer."""
+    from prefopt.diffusion.tables import read_preferences
     from prefopt.diffusion.training import train
-    from prefopt.records import read_pairs
 
     beta = 0.5 * config.beta_dpo  # the paper's code halves its beta; ours is plain
     return train(
         config,
-        read_pairs,
+        read_preferences,
         objective_of(config, beta),
         about=lambda prediction: {"beta": f"{beta:g}, times minus the mean squared error of {prediction}"},
     )

@@ -28,8 +28,8 @@ class DiffusionSFTConfig(DiffusionConfig):
 
 def main(config: DiffusionSFTConfig):
     """Read, encode, train, save; the trainer."""
+    from prefopt.diffusion.tables import read_sft
     from prefopt.diffusion.training import train
-    from prefopt.records import read_sft
 
     return train(
         config,

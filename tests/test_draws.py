@@ -9,7 +9,7 @@ from accelerate.data_loader import BatchSamplerShard
 from scipy import stats
 from torch.utils.data import BatchSampler
 
-from prefopt.draws import EXAMPLE, ORDER, VisitSampler, draw, epoch_order, generator
+from prefopt.draws import EXAMPLE, ORDER, VisitSampler, draw, epoch_order, generator, stratified_time
 
 SHAPE = (4, 8, 8)
 MANY = 2000  # draws: 512,000 normal numbers
@@ -170,3 +170,27 @@ def test_items_of_a_group_are_read_one_after_another() -> None:
     assert len({tuple(order) for order in orders}) > 4
     alone = sampler(7, 7, 3, groups=range(7))
     assert list(alone) == list(sampler(7, 7, 3))
+
+
+@pytest.mark.parametrize(("length", "global_batch"), [(64, 8), (10, 4), (3, 8)])
+def test_stratified_times_fill_each_step_evenly(length, global_batch):
+    """In every step each part of [0, 1) has one example; over the visits an item's times stay uniform."""
+    for epoch in range(3):
+        order = [index for index, _ in sampler(length, global_batch, epoch)][
+            : length // global_batch * global_batch
+        ]
+        times = [
+            stratified_time(np.float32(0.75), 0, index, epoch, length=length, global_batch=global_batch)
+            for index in order
+        ]
+        for start in range(0, len(order), global_batch):
+            parts = sorted(int(time * global_batch) for time in times[start : start + global_batch])
+            assert parts == list(range(global_batch))
+    last = stratified_time(np.nextafter(np.float32(1), 0), 0, 0, 0, length=1, global_batch=1)
+    assert last < 1 and last.dtype == np.float32
+    mine = [
+        stratified_time(np.float32(0.5), 0, 1, visit, length=length, global_batch=global_batch)
+        for visit in range(400)
+    ]
+    parts = min(length, global_batch)  # of a short epoch the first parts alone
+    assert np.mean(mine) == pytest.approx(parts / global_batch / 2, abs=0.05)

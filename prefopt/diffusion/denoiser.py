@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from prefopt.adapters import REFERENCE, adapter_layers
 from prefopt.diffusion.families import Family, family_of
 from prefopt.diffusion.lora import load_weights, save_weights
-from prefopt.diffusion.schedule import DiscreteSchedule
+from prefopt.diffusion.schedule import EVERYWHERE, DiscreteSchedule, Noised, Times
 from prefopt.files import content_key
+from prefopt.losses import best_and_worst
 from prefopt.objectives import Scored
 
 
@@ -29,14 +30,14 @@ class Denoiser(nn.Module):
         self,
         pipeline: DiffusionPipeline,
         family: Family | None = None,
-        timestep_range: tuple[float, float] = (0.0, 1.0),
+        times: Times = EVERYWHERE,
     ):
         super().__init__()
         self.family = family or family_of(pipeline)
         # By the pipeline's own name for it, which is also the prefix of its LoRA's tensors.
         self.add_module(self.family.component, self.family.network(pipeline))
         self.schedule = self.family.schedule(pipeline)
-        self.schedule.timestep_range = timestep_range
+        self.schedule.times = times
 
     @property
     def network(self) -> Any:
@@ -60,25 +61,46 @@ class Denoiser(nn.Module):
         noise: Tensor,
         time: Tensor,
         conditioning: Mapping[str, Tensor],
-        predict_clean: bool = False,
+        mask: Tensor | None = None,
     ) -> Scored:
         """Scores (batch, k) of clean latents (batch, k, C, H, W) at one shared noise (batch, C, H, W) and
-        time (batch,) in [0, 1), the share of the schedule or of its `timestep_range`.
+        time (batch,) in [0, 1), which the schedule turns into a timestep.
 
         `conditioning` holds what the family's `encode_prompts` gives of each prompt, (batch, ...), and what
-        each candidate has of its own, (batch, k, ...). `predict_clean` adds the predicted clean latents.
+        each candidate has of its own, (batch, k, ...). Where `mask` (batch, k) is False is no candidate: the
+        network is not run, and the score is 0.
         """
+        return self.scored(*self.denoise(latents, noise, time, conditioning, mask))
+
+    def denoise(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        time: Tensor,
+        conditioning: Mapping[str, Tensor],
+        mask: Tensor | None = None,
+    ) -> tuple[Noised, Tensor]:
+        """The noised latents, and the network's prediction of their target, (batch, k, C, H, W) in float32."""
         candidates = latents.shape[1]
         noised = self.schedule.add_noise(latents, noise, time)
+        there = None if mask is None else mask.flatten().nonzero().squeeze(1)
+        conditions = self._of_candidates(conditioning, candidates)
         inputs = self.family.inputs(
-            noised.sample.flatten(0, 1).to(self.network.dtype),
-            noised.timestep.repeat_interleave(candidates),
-            self._of_candidates(conditioning, candidates),
+            _chosen(noised.sample.flatten(0, 1), there).to(self.network.dtype),
+            _chosen(noised.timestep.repeat_interleave(candidates), there),
+            {name: _chosen(value, there) for name, value in conditions.items()},
         )
-        output = self.family.prediction(self.network(**inputs, return_dict=False))
-        prediction = output.float().view_as(noised.target)
-        error = (prediction - noised.target).square().mean(dim=(2, 3, 4))
-        return Scored(-error, error, noised.clean(prediction) if predict_clean else None)
+        output = self.family.prediction(self.network(**inputs, return_dict=False)).float()
+        if there is None:
+            return noised, output.view_as(noised.target)
+        everywhere = noised.target.flatten(0, 1).index_copy(0, there, output)
+        return noised, everywhere.view_as(noised.target)
+
+    def scored(self, noised: Noised, prediction: Tensor) -> Scored:
+        """The scores of a prediction."""
+        residual = prediction - noised.target
+        error = residual.square().mean(dim=(2, 3, 4))
+        return Scored(-error, error, residual)
 
     def _of_candidates(self, conditioning: Mapping[str, Tensor], candidates: int) -> dict[str, Tensor]:
         """The conditioning of every candidate, (batch * k, ...), in the network's precision."""
@@ -110,17 +132,23 @@ class Denoiser(nn.Module):
     activation_checkpointing_enable = gradient_checkpointing_enable
 
 
+def _chosen(values: Tensor, there: Tensor | None) -> Tensor:
+    return values if there is None else values[there]
+
+
 def denoising_metrics(
     batch: Mapping[str, Tensor], scores: Tensor, schedule: DiscreteSchedule
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The denoising errors of a batch, over all times and by quartile of the schedule (q1: least noise)."""
-    errors = {"chosen": -scores[:, 0]}
-    if scores.shape[1] > 1:
-        errors["rejected"] = -scores[:, -1]
+    """The denoising errors of a batch, over all times and by quartile of the schedule (q1: least noise).
+
+    Of lists, those of the best-ranked candidates and of the worst.
+    """
+    pair = best_and_worst(-scores, batch["ranks"])
+    errors = {"chosen": pair.chosen} | ({"rejected": pair.rejected} if scores.shape[1] > 1 else {})
     metrics = {}
     for side, error in errors.items():
         metrics[f"error/{side}"] = (error, torch.ones_like(error))
         for quartile in range(4):
-            inside = (schedule.share(batch["time"]) * 4).floor() == quartile
+            inside = (schedule.times.share(batch["time"]) * 4).floor() == quartile
             metrics[f"error/{side}/q{quartile + 1}"] = (error, inside.to(error.dtype))
     return metrics

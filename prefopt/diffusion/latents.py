@@ -23,11 +23,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from prefopt.diffusion.families import Family, family_of
-from prefopt.draws import draw
+from prefopt.diffusion.tables import Table
+from prefopt.draws import draw, stratified_time
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.images import open_image
-from prefopt.records import Table
 from prefopt.store import TensorStore, tensors_key
 
 MIRRORED = "-mirrored"
@@ -100,8 +100,7 @@ class Encoder:
 
         def prepare(key: str) -> Prepared:
             row, candidate = places[key]
-            where = f"{table.where(row)}, column {table.facts[row]['columns'][candidate]}"
-            content = table.images(row)[candidate]
+            content, where = table.image(row, candidate)
             if content_key(content) != key:
                 raise InputError(f"{where}: the image has changed since the table was read; start again")
             return prepare_image(content, where, self.resolution)
@@ -174,6 +173,9 @@ class EncodedCandidates(Dataset):
     An example is latents (k, C, h, w) with the best candidate first, noise (C, h, w), time (), conditioning,
     ranks and mask (k,), item and visit, and p_chosen () if the table has it. All candidates share the draw,
     the sample of the posterior and the flip. `per_candidate` names conditioning that an image has of its own.
+    With `strata`, the seed of the examples' order and the examples of a step, the times of a step are spread
+    evenly. k is that of the table's longest list; the last places of a shorter one are empty: rank 0, mask
+    False.
     """
 
     def __init__(
@@ -187,13 +189,16 @@ class EncodedCandidates(Dataset):
         seed: int,
         flip_probability: float = 0.0,
         drop_probability: float = 0.0,
+        strata: tuple[int, int] | None = None,
     ):
         self.table, self.images, self.prompts = table, images, prompts
         self.scaling, self.per_candidate, self.seed = scaling, per_candidate, seed
         self.flip_probability, self.drop_probability = flip_probability, drop_probability
+        self.strata = strata
         first = images[table.facts[0]["sha256"][0]]["mean"]
         channels, height, width = first.shape
         self.shape = (channels, height, width)
+        self.candidates = max(map(len, table.column("ranks")))
 
     @property
     def identity(self) -> dict[str, str]:
@@ -201,6 +206,7 @@ class EncodedCandidates(Dataset):
         prompts, hashes = self.table.column("prompt"), self.table.column("sha256")
         facts = "\n".join(f"{prompt!r} {keys}" for prompt, keys in zip(prompts, hashes, strict=True))
         chances = f"seed {self.seed}, flip {self.flip_probability}, caption drop {self.drop_probability}"
+        chances += f", strata {self.strata}" if self.strata else ""
         encodings = {**self.images.identity, **self.prompts.identity, "scaling": str(self.scaling)}
         return {"rows": content_key(facts), "draws": chances, **encodings}
 
@@ -222,24 +228,33 @@ class EncodedCandidates(Dataset):
             flip_probability=self.flip_probability,
             drop_probability=self.drop_probability,
         )
+        time = chance.time
+        if self.strata:
+            seed, batch = self.strata
+            time = stratified_time(time, seed, index, visit, length=len(self), global_batch=batch)
         moments = [self.images[key + (MIRRORED if chance.flip else "")] for key in fact["sha256"]]
         latent_noise, (shift, factor) = torch.from_numpy(chance.latent_noise), self.scaling
         latents = [m["mean"] + (0.5 * m["logvar"]).exp() * latent_noise for m in moments]
         conditioning = self.prompts[content_key("" if chance.drop_caption else fact["prompt"])]
-        conditioning |= {name: torch.stack([m[name] for m in moments]) for name in self.per_candidate}
+        conditioning |= {name: self._padded([m[name] for m in moments]) for name in self.per_candidate}
+        ranks = self._padded([torch.tensor(rank) for rank in fact["ranks"]])
         example = {
-            "latents": (torch.stack(latents) - shift) * factor,
+            "latents": self._padded([(one - shift) * factor for one in latents]),
             "noise": torch.from_numpy(chance.noise),
-            "time": torch.tensor(chance.time),
+            "time": torch.tensor(time),
             "conditioning": conditioning,
-            "ranks": torch.arange(1, len(latents) + 1),
-            "mask": torch.ones(len(latents), dtype=torch.bool),
+            "ranks": ranks,
+            "mask": ranks > 0,
             "item": index,
             "visit": visit,
         }
         if self.table.soft_labels:
             example["p_chosen"] = torch.tensor(fact["p_chosen"], dtype=torch.float32)
         return example
+
+    def _padded(self, values: list[Tensor]) -> Tensor:
+        """The values of an example's candidates, (k, ...)."""
+        return torch.stack(values + [torch.zeros_like(values[0])] * (self.candidates - len(values)))
 
 
 def encode_table(

@@ -23,6 +23,28 @@ class Noised(NamedTuple):
     clean: Callable[[Tensor], Tensor]  # from the network's prediction to the clean latents
 
 
+class Times(NamedTuple):
+    """Which part of a schedule is trained on, and how often each place in it."""
+
+    low: float = 0.0  # the shares of the schedule that are gone through, 0 without noise
+    high: float = 1.0
+    logit_normal: tuple[float, float] | None = None  # mean and standard deviation; None: all alike
+
+    def share(self, time: Tensor) -> Tensor:
+        """How much of the schedule is gone through at a time, uniform in [0, 1).
+
+        The logit-normal distribution puts most weight where its mean is, and little on the ends; arXiv
+        2403.03206, section 3.1.
+        """
+        if self.logit_normal:
+            mean, deviation = self.logit_normal
+            time = torch.sigmoid(mean + deviation * torch.special.ndtri(time))
+        return self.low + (self.high - self.low) * time
+
+
+EVERYWHERE = Times()
+
+
 class Parametrisation(NamedTuple):
     """What a network predicts of latents x and noise e in the sample a x + s e."""
 
@@ -54,7 +76,7 @@ class DiscreteSchedule(nn.Module):
     def __init__(self, alphas_cumprod: Tensor, prediction: str):
         super().__init__()
         self.prediction = prediction
-        self.timestep_range = (0.0, 1.0)  # the part of the schedule that times cover
+        self.times = EVERYWHERE
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
 
     @classmethod
@@ -70,24 +92,20 @@ class DiscreteSchedule(nn.Module):
     @property
     def identity(self) -> dict[str, str]:
         """What a score depends on here."""
-        whole = self.timestep_range == (0.0, 1.0)
+        low, high, logit_normal = self.times
         return {
             "noise schedule": tensors_key({"alphas_cumprod": self.alphas_cumprod}),
             "prediction": self.prediction,
-            **({} if whole else {"timestep range": "{} to {}".format(*self.timestep_range)}),
+            **({} if (low, high) == (0.0, 1.0) else {"timestep range": f"{low} to {high}"}),
+            **({"logit-normal times": str(logit_normal)} if logit_normal else {}),
         }
-
-    def share(self, time: Tensor) -> Tensor:
-        """How much of the schedule is gone through at a time in [0, 1)."""
-        low, high = self.timestep_range
-        return low + (high - low) * time
 
     def add_noise(self, latents: Tensor, noise: Tensor, time: Tensor) -> Noised:
         """Latents (batch, k, C, H, W) with noise (batch, C, H, W) at time (batch,) in [0, 1)."""
         if time.dtype in (torch.float16, torch.bfloat16):
             raise InputError(f"times came in {time.dtype}, too coarse for timesteps: leave inputs in float32")
         steps = self.alphas_cumprod.shape[0]
-        timestep = (self.share(time) * steps).long().clamp(max=steps - 1)
+        timestep = (self.times.share(time) * steps).long().clamp(max=steps - 1)
         alpha = self.alphas_cumprod[timestep].view(-1, 1, 1, 1, 1)
         a, s = alpha.sqrt(), (1 - alpha).sqrt()
         noise, latents = noise[:, None].float().expand_as(latents), latents.float()

@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from prefopt.diffusion.denoiser import Denoiser, denoising_metrics
 from prefopt.diffusion.latents import EncodedCandidates, encode_table
 from prefopt.diffusion.lora import make_trainable
 from prefopt.diffusion.sampling import load_pipeline, save_pipeline
+from prefopt.diffusion.schedule import Times
+from prefopt.diffusion.tables import Table
 from prefopt.errors import InputError
 from prefopt.objectives import Objective, Scored
-from prefopt.records import Table
 from prefopt.reference import frozen_copy
 from prefopt.trainer import PreferenceTrainer
 
@@ -51,7 +51,7 @@ def train(
     trainer = PreferenceTrainer(
         denoiser,
         config,
-        score=DenoisingScore(predict_clean="clean" in objective.needs),
+        score=DenoisingScore(),
         objective=objective,
         metrics=partial(denoising_metrics, schedule=denoiser.schedule),
         train_dataset=examples,
@@ -72,8 +72,7 @@ def prepare(config: DiffusionConfig, table: Table) -> tuple[Denoiser, EncodedCan
     pipeline = load_pipeline(config.model_name_or_path, revision=config.model_revision, dtype=dtype)
     if dtype == torch.float16:
         pipeline.vae.float()  # SDXL's VAE overflows in float16
-    low, high = config.timestep_range
-    denoiser = Denoiser(pipeline, timestep_range=(low, high))
+    denoiser = Denoiser(pipeline, times=_times(config))
     family, network = denoiser.family, denoiser.network
     resolution = config.resolution or network.config["sample_size"] * pipeline.vae_scale_factor
     if resolution % pipeline.vae_scale_factor:
@@ -94,6 +93,7 @@ def prepare(config: DiffusionConfig, table: Table) -> tuple[Denoiser, EncodedCan
         seed=config.seed,
         flip_probability=config.flip_probability,
         drop_probability=config.drop_probability,
+        strata=_strata(config),
     )
     for part in frozen:
         setattr(pipeline, part, None)
@@ -101,15 +101,23 @@ def prepare(config: DiffusionConfig, table: Table) -> tuple[Denoiser, EncodedCan
     return denoiser, examples
 
 
-@dataclass
+def _times(config: DiffusionConfig) -> Times:
+    low, high = config.timestep_range
+    is_normal = config.timestep_distribution == "logit_normal"
+    return Times(low, high, (config.logit_mean, config.logit_std) if is_normal else None)
+
+
+def _strata(config: DiffusionConfig) -> tuple[int, int] | None:
+    """The seed of the examples' order and the examples of an optimizer step, if times are stratified."""
+    return (config.order_seed, config.global_batch) if config.timestep_distribution == "stratified" else None
+
+
 class DenoisingScore:
     """Scores of a batch of encoded candidates through the model that the trainer hands over."""
 
-    predict_clean: bool = False
-    extras: frozenset[str] = frozenset({"nll", "clean"})
+    extras = frozenset({"nll", "residual"})
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Scored:
-        """Scores (batch, k), the denoising errors as `nll`, and the predicted clean latents if wanted."""
-        return model(
-            batch["latents"], batch["noise"], batch["time"], batch["conditioning"], self.predict_clean
-        )
+        """Scores (batch, k), with the denoising errors as `nll`, and the residuals."""
+        mask = None if batch["mask"].all() else batch["mask"]
+        return model(batch["latents"], batch["noise"], batch["time"], batch["conditioning"], mask)

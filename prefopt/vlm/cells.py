@@ -70,7 +70,8 @@ def image_places(cells: pyarrow.ChunkedArray) -> list[list[str | bool]]:
 def encoded_images(cell: Any, where: str, folder: Path | None) -> list[bytes]:
     """The encoded images of a cell; `folder` is what no path may leave, see `image_bytes`."""
     cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
-    return [image_bytes(_as_struct(one), where, folder) for one in cells]
+    folders = [folder] if folder else []
+    return [image_bytes(_as_struct(one), where, *folders) for one in cells]
 
 
 def open_picture(content: bytes, where: str) -> Image.Image:

@@ -18,9 +18,9 @@ from PIL import Image
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import content_key
-from prefopt.records import check_p_chosen, load, table_folder
+from prefopt.records import check_p_chosen, json_file, load, table_folder
 from prefopt.vlm.cells import encoded_images, image_column, image_places, open_picture
-from prefopt.vlm.formats import UNREAD, Kind, find_format, json_file, read_json
+from prefopt.vlm.formats import UNREAD, Kind, find_format, read_json
 from prefopt.vlm.messages import PLACEHOLDER, check_completion, place_images, text_of
 
 BATCH = 128  # rows that are read at once, for their hashes with their encoded images

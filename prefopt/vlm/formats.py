@@ -23,7 +23,6 @@ Where a prompt has no such place, its images go before its first user turn, as i
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -33,16 +32,11 @@ from typing import Any, Literal, NamedTuple
 import datasets
 
 from prefopt.errors import InputError
-from prefopt.records import HELD_OUT
 from prefopt.vlm.messages import messages_of
 
 Kind = Literal["pairs", "sft"]
 # Columns of these formats that would change what a model reads, and that are not read here.
 UNREAD = ("tools", "video", "videos", "audio", "audios")
-# JSON files of a dataset's folder that hold no rows of it.
-NO_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json", "BUILD.json")
-# Files that show a folder of images, which is no folder of JSON files.
-IMAGEFOLDER = ("metadata.csv", "metadata.jsonl")
 
 
 class Conversation(NamedTuple):
@@ -152,28 +146,6 @@ FORMATS = (
 
 
 # JSON
-
-
-def json_file(folder: Path, split: str) -> Path | None:
-    """The JSON file of a split among those of a folder that has no other tables; None without such files.
-
-    A file bears the split's name as a word of its own; one that bears none is taken for training.
-    """
-    files = sorted(
-        path for end in ("json", "jsonl") for path in folder.glob(f"*.{end}") if path.name not in NO_ROWS
-    )
-    if not files or any(
-        path.suffix in (".parquet", ".arrow") or path.name in IMAGEFOLDER for path in folder.rglob("*")
-    ):
-        return None
-    words = {path: set(re.split(r"[^A-Za-z0-9]", path.stem)) for path in files}
-    named = [path for path in files if split in words[path]]
-    if not named and split == "train":
-        named = [path for path in files if not words[path].intersection(HELD_OUT)]
-    if len(named) != 1:
-        names = [path.name for path in named or files]
-        raise InputError(f"{folder}: one JSON file is to bear the split's name {split!r}; there are {names}")
-    return named[0]
 
 
 def read_json(file: Path) -> datasets.Dataset:

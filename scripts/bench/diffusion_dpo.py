@@ -38,10 +38,10 @@ from prefopt.config import LoraArguments
 from prefopt.diffusion.denoiser import Denoiser
 from prefopt.diffusion.latents import EncodedCandidates, Encoder, prepare_image
 from prefopt.diffusion.lora import add_lora
+from prefopt.diffusion.tables import Table, read_preferences
 from prefopt.diffusion.training import DenoisingScore
 from prefopt.draws import draw
 from prefopt.losses import Pair, dpo_loss
-from prefopt.records import Table, read_pairs
 from prefopt.reference import adapters_off
 from prefopt.runs import versions
 
@@ -154,7 +154,7 @@ def random_pairs(folder: Path, count: int, resolution: int) -> Table:
     prompts = [f"two red elephants in the snow, number {row}" for row in range(count)]
     folder.mkdir()
     Dataset.from_dict({"prompt": prompts, **columns}, features).to_parquet(folder / "train.parquet")
-    return read_pairs(str(folder))
+    return read_preferences(str(folder))
 
 
 def moved(value: Any, device: torch.device) -> Any:

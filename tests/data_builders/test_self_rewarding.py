@@ -19,12 +19,12 @@ from data_builders.self_rewarding import SelfRewardingConfig, main
 from prefopt import store
 from prefopt.detectors import Box
 from prefopt.diffusion.generator import Generator, Sampler
+from prefopt.diffusion.tables import read_preferences, read_sft
 from prefopt.errors import InputError
 from prefopt.files import exclusive_lock
 from prefopt.judges.questions import NO, YES, Answer
 from prefopt.judges.rubric import RUBRICS
 from prefopt.loading import Lazy
-from prefopt.records import read_pairs, read_sft
 
 PROMPTS = ["one red lion", "two lions", "a zebra in snow", "three zebras", "lions at night"]
 CANDIDATES = 4
@@ -132,13 +132,13 @@ def test_every_candidate_is_in_the_table_with_its_answers(whole):
 def test_the_exports_load_where_they_are_used(whole):
     images = read_sft(str(whole / "sft"))
     assert len(images) == len(PROMPTS)
-    pairs = read_pairs(str(whole / "pairs"))
+    pairs = read_preferences(str(whole / "pairs"))
     assert 0 < len(pairs) <= len(PROMPTS)
     rows = load_dataset(str(whole / "ranked"), split="train")
     assert [sorted(row) for row in rows["ranks"]] == list(rows["ranks"])
     folder = load_dataset("imagefolder", data_dir=str(whole / "imagefolder"), split="train")
     assert folder["text"] == PROMPTS and folder[0]["image"].size == rows[0]["images"][0].size
-    votes = read_pairs(str(whole / "pickapic"))
+    votes = read_preferences(str(whole / "pickapic"))
     assert len(votes) == len(pairs)
     columns = load_dataset(str(whole / "pickapic"), split="train")
     assert {"jpg_0", "jpg_1", "label_0", "label_1", "caption"} == set(columns.column_names)
@@ -181,7 +181,7 @@ def test_another_question_asks_that_one_alone(whole, workplace, tmp_path):
 def test_another_selection_asks_nothing(whole, workplace):
     build(settings(workplace, "whole", pair_rule="all", max_pairs_per_prompt=2, detection_threshold=0.61))
     assert calls(whole) == [0, 0, 0]
-    assert len(read_pairs(str(whole / "pairs"))) > len(PROMPTS)
+    assert len(read_preferences(str(whole / "pairs"))) > len(PROMPTS)
     build(settings(workplace, "whole"))
 
 

@@ -37,11 +37,11 @@ from data_builders.prompts.reading import distinct, identify, pocket_captions, r
 from data_builders.text_to_image_pairs import TextToImagePairsConfig, main
 from prefopt.diffusion.generator import Sampler
 from prefopt.diffusion.sampling import load_pipeline, sample
+from prefopt.diffusion.tables import read_preferences
 from prefopt.errors import InputError
 from prefopt.judges.questions import NO, YES, Answer
 from prefopt.loading import Lazy
 from prefopt.pocket.world import parse, train_scenes
-from prefopt.records import read_pairs
 
 SCRIPT = "data_builders/text_to_image_pairs.py"
 PROMPTS = [f"{number} red lions" for number in ("no", "two", "three", "four", "five", "six", "seven")]
@@ -173,7 +173,7 @@ def test_pairs_are_split_by_prompt_into_bounded_files(tmp_path):
     assert 0 < len(test) < 30 and counts["pairs"] == {"test": len(test), "train": 30 - len(test)}
     assert len(list((tmp_path / "pairs").glob("train-*.parquet"))) >= (30 - len(test)) // 5
     for split, expected in (("test", test), ("train", [p for p in prompts if p not in test])):
-        table = read_pairs(str(tmp_path / "pairs"), split=split)
+        table = read_preferences(str(tmp_path / "pairs"), split=split)
         assert table.facts["prompt"][:] == expected and not table.dropped
         for i, content in enumerate(table.images(0)):
             with Image.open(io.BytesIO(content)) as image:
@@ -259,7 +259,7 @@ def test_a_build_is_whole_and_says_what_it_did(workplace):
     card = (folder / "README.md").read_text()
     assert "| rows | 7 pairs |" in card and "1 duplicate" in card
     for split, count in pairs.items():
-        table = read_pairs(str(folder / "pairs"), split=split)
+        table = read_preferences(str(folder / "pairs"), split=split)
         assert len(table) == count
         for row in table.rows.remove_columns(["chosen", "rejected"]):
             scores = [r["soft_score"] for r in rows if r["prompt"] == row["prompt"]]

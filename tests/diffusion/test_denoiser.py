@@ -21,7 +21,7 @@ from prefopt.diffusion.denoiser import Denoiser, denoising_metrics
 from prefopt.diffusion.generator import ADAPTER_FILE, Generator
 from prefopt.diffusion.lora import add_lora, set_adapter_scale, start_from_lora
 from prefopt.diffusion.sampling import load_generator, load_pipeline
-from prefopt.diffusion.schedule import DiscreteSchedule
+from prefopt.diffusion.schedule import DiscreteSchedule, Times
 from prefopt.errors import InputError
 
 STEPS = 1000
@@ -308,7 +308,10 @@ def test_training_on_from_an_adapter_starts_as_that_adapter(stable_diffusion, tm
 
 def test_errors_by_quartile_of_the_schedule():
     policy = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0], [-7.0, -8.0]])
-    batch = {"time": torch.tensor([0.0, 0.24, 0.5, 0.99])}
+    batch = {
+        "time": torch.tensor([0.0, 0.24, 0.5, 0.99]),
+        "ranks": torch.tensor([[1, 2], [1, 2], [1, 2], [1, 2]]),
+    }
     schedule = DiscreteSchedule(torch.linspace(1, 0, 1000), "epsilon")
     metrics = denoising_metrics(batch, policy, schedule)
     means = {name: (v * w).sum().item() / w.sum().item() for name, (v, w) in metrics.items() if w.any()}
@@ -322,10 +325,11 @@ def test_errors_by_quartile_of_the_schedule():
         "error/rejected/q3": 6.0,
         "error/rejected/q4": 8.0,
     }
+    batch["ranks"] = batch["ranks"][:, :1]
     single = denoising_metrics(batch, policy[:, :1], schedule)
     assert not any("rejected" in name for name in single)
     assert math.isclose(single["error/chosen"][0].mean(), 4)
-    schedule.timestep_range = (0.5, 1.0)
+    schedule.times = Times(0.5, 1.0)
     assert {"error/chosen/q3", "error/chosen/q4"} == {
         name
         for name, (_, weight) in denoising_metrics(batch, policy[:, :1], schedule).items()
@@ -333,9 +337,46 @@ def test_errors_by_quartile_of_the_schedule():
     }
 
 
+def test_errors_of_a_list_are_those_of_its_best_and_its_worst():
+    scores = torch.tensor([[-1.0, -2.0, -4.0, -9.0], [-3.0, -5.0, -7.0, 0.0]])
+    batch = {"time": torch.tensor([0.1, 0.1]), "ranks": torch.tensor([[1, 1, 3, 4], [1, 2, 3, 0]])}
+    metrics = denoising_metrics(batch, scores, DiscreteSchedule(torch.linspace(1, 0, 1000), "epsilon"))
+    assert metrics["error/chosen"][0].tolist() == [1.5, 3.0]
+    assert metrics["error/rejected"][0].tolist() == [9.0, 7.0], "not that of the empty place"
+
+
+def test_an_empty_place_is_not_run(stable_diffusion):
+    """A list of two beside one of three: the same scores as alone, and the network sees five images."""
+    denoiser = Denoiser(load_pipeline(stable_diffusion)).eval()
+    chance = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 3, 4, 8, 8, generator=chance)
+    noise, time = torch.randn(2, 4, 8, 8, generator=chance), torch.tensor([0.2, 0.7])
+    conditioning = {"embeddings": torch.randn(2, 77, WIDTH, generator=chance)}
+    seen = []
+    denoiser.network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["sample"])), with_kwargs=True
+    )
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    found = denoiser(latents, noise, time, conditioning, mask)
+    whole = denoiser(latents, noise, time, conditioning)
+    assert seen == [5, 6]
+    torch.testing.assert_close(found.scores[mask], whole.scores[mask])
+    assert found.scores[1, 2] == 0 and not found.residual[1, 2].any()
+
+
+@pytest.mark.parametrize("mean", [-1.0, 0.0, 1.5])
+def test_logit_normal_times_have_their_mean_and_their_deviation(mean):
+    times = Times(logit_normal=(mean, 0.8)).share(torch.arange(100_000).add(0.5).div(100_000))
+    logits = torch.logit(times.double())
+    assert logits.mean().item() == pytest.approx(mean, abs=1e-3)
+    assert logits.std().item() == pytest.approx(0.8, abs=1e-3)
+    part = Times(0.5, 1.0, (mean, 0.8)).share(torch.tensor([0.0, 0.5, 0.999]))
+    assert part[0] == 0.5 and 0.5 < part[1] < part[2] < 1
+
+
 def test_times_cover_the_timestep_range_alone(stable_diffusion):
     whole, part = (
-        Denoiser(load_pipeline(stable_diffusion), timestep_range=ends) for ends in ((0.0, 1.0), (0.5, 1.0))
+        Denoiser(load_pipeline(stable_diffusion), times=times) for times in (Times(), Times(0.5, 1.0))
     )
     latents, noise, time = torch.zeros(3, 1, 4, 2, 2), torch.zeros(3, 4, 2, 2), torch.tensor([0, 0.5, 0.999])
     assert whole.schedule.add_noise(latents, noise, time).timestep.tolist() == [0, 500, 999]

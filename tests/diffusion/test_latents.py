@@ -12,10 +12,10 @@ from tiny import SIZE
 
 from prefopt.diffusion.latents import MIRRORED, EncodedCandidates, Encoder, prepare_image
 from prefopt.diffusion.sampling import load_pipeline
+from prefopt.diffusion.tables import read_preferences
 from prefopt.draws import draw
 from prefopt.errors import InputError
 from prefopt.files import content_key
-from prefopt.records import read_pairs
 
 # Prepared images
 
@@ -113,7 +113,7 @@ def table(tmp_path_factory):
     images = [cell(png(i, SIZE + 4 * i, SIZE + 2 * (i % 3))) for i in range(8)]
     folder = tmp_path_factory.mktemp("table")
     rejected = [*images[1:7:2], images[2]]
-    return read_pairs(write_pairs(folder, 4, chosen=images[::2], rejected=rejected))
+    return read_preferences(write_pairs(folder, 4, chosen=images[::2], rejected=rejected))
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_an_image_that_cannot_be_decoded_is_named(stable_diffusion, tmp_path):
     folder = write_pairs(tmp_path / "p", 3, chosen=chosen)
     said = r"p: row 1, column chosen: 15 bytes that are no readable image"
     with pytest.raises(InputError, match=said):
-        encoder(stable_diffusion, tmp_path / "cache").images(read_pairs(folder), mirrored=False)
+        encoder(stable_diffusion, tmp_path / "cache").images(read_preferences(folder), mirrored=False)
 
 
 def test_a_vae_that_overflows_is_an_error(stable_diffusion, table, tmp_path):
@@ -308,7 +308,7 @@ def test_the_identity_tells_runs_apart(stable_diffusion, table, tmp_path):
         examples(stable_diffusion, table, tmp_path, flip_probability=0.5),
         examples(stable_diffusion, table, tmp_path, drop_probability=0.5),
     ]
-    fewer = read_pairs(table.source)
+    fewer = read_preferences(table.source)
     fewer.facts = fewer.facts.select(range(3))
     variants.append(examples(stable_diffusion, fewer, tmp_path))
     assert data.identity == examples(stable_diffusion, table, tmp_path).identity

@@ -22,6 +22,7 @@ from transformers import BertTokenizer, CLIPModel, CLIPProcessor
 
 from data_builders.self_rewarding import SelfRewardingConfig, main
 from prefopt import pocket
+from prefopt.diffusion.tables import read_preferences, read_sft
 from prefopt.errors import InputError
 from prefopt.judges.image_reward import ImageRewardScorer
 from prefopt.judges.loading import load_judge
@@ -29,7 +30,6 @@ from prefopt.judges.questions import Case, Question
 from prefopt.judges.reward import RewardJudge
 from prefopt.judges.rubric import Rubric
 from prefopt.pocket.world import caption, held_out_scenes, render
-from prefopt.records import read_pairs, read_sft
 
 RUBRIC = Rubric.load("reward")
 ASKED = RUBRIC.questions("", "")
@@ -425,7 +425,7 @@ def test_a_build_judged_by_a_clip(workplace, stable_diffusion, tmp_path):
         assert [row["rank"] for row in by_reward] == [1, 2, 3, 4]
         assert [row["selected"] for row in by_reward] == [True, False, False, False]
     assert len(read_sft(str(tmp_path / "built" / "sft"))) == 2
-    assert len(read_pairs(str(tmp_path / "built" / "pairs"))) == 2
+    assert len(read_preferences(str(tmp_path / "built" / "pairs"))) == 2
     pair = pq.read_table(tmp_path / "built" / "pairs").to_pylist()[0]
     by_seed = {row["seed"]: row["log_odds"][0] for row in rows}
     assert pair["margin"] == pytest.approx(

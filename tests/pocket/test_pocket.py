@@ -16,10 +16,10 @@ from transformers import CLIPModel, CLIPProcessor
 from prefopt import pocket
 from prefopt.diffusion.generator import Sampler
 from prefopt.diffusion.sampling import sample
+from prefopt.diffusion.tables import read_preferences
 from prefopt.errors import InputError
 from prefopt.pocket import world
 from prefopt.pocket.oracle import Oracle
-from prefopt.records import read_pairs
 
 PARTS = ("text_to_image", "clip", "oracle", "pairs", "llava", "critic", "yolo_world")
 WEIGHTS = pocket.folder("clip").parent
@@ -202,7 +202,7 @@ def test_the_text_to_image_model_listens_imperfectly():
 
 
 def test_the_pairs_are_of_training_scenes_and_never_tie():
-    table = read_pairs(str(pocket.folder("pairs")))
+    table = read_preferences(str(pocket.folder("pairs")))
     assert len(table) == 192 and not table.dropped
     assert not {world.parse(row) for row in table.rows["prompt"]} & set(HELD_OUT)
     assert min(table.rows["margin"]) > 0

@@ -13,8 +13,9 @@ from PIL import Image
 
 from prefopt.diffusion.latents import Encoder
 from prefopt.diffusion.sampling import load_pipeline
+from prefopt.diffusion.tables import Table, read_preferences, read_sft
 from prefopt.errors import InputError
-from prefopt.records import Table, image_bytes, read_pairs, read_sft
+from prefopt.records import image_bytes
 
 COUNT = 4
 
@@ -113,16 +114,16 @@ def as_preferences(folder: Path) -> str:
     ],
 )
 def test_every_format_reads_alike(tmp_path, write):
-    check_pairs(read_pairs(write(tmp_path / "data")))
+    check_pairs(read_preferences(write(tmp_path / "data")))
 
 
 def test_a_split_is_chosen_by_name(tmp_path):
-    assert len(read_pairs(as_shards(tmp_path / "shards"), split="test")) == 1
-    assert len(read_pairs(as_saved_dict(tmp_path / "dict"), split="test")) == 1
+    assert len(read_preferences(as_shards(tmp_path / "shards"), split="test")) == 1
+    assert len(read_preferences(as_saved_dict(tmp_path / "dict"), split="test")) == 1
     with pytest.raises(InputError, match=r"no split 'validation'; it has \['test', 'train'\]"):
-        read_pairs(str(tmp_path / "dict"), split="validation")
+        read_preferences(str(tmp_path / "dict"), split="validation")
     with pytest.raises(InputError, match=r"no parquet file of a split 'validation'.*test-00000"):
-        read_pairs(str(tmp_path / "shards"), split="validation")
+        read_preferences(str(tmp_path / "shards"), split="validation")
 
 
 def test_held_out_files_are_not_taken_for_training_data(tmp_path):
@@ -130,11 +131,11 @@ def test_held_out_files_are_not_taken_for_training_data(tmp_path):
     for name in ("validation.parquet", "test-00000-of-00001.parquet"):
         write_table(tmp_path / "held", pair_rows(1), PAIRS, name)
     with pytest.raises(InputError, match="no parquet file of a split 'train'"):
-        read_pairs(str(tmp_path / "held"))
+        read_preferences(str(tmp_path / "held"))
     write_table(tmp_path / "held", pair_rows(2), PAIRS, "pairs.parquet")
-    assert len(read_pairs(str(tmp_path / "held"))) == 2
+    assert len(read_preferences(str(tmp_path / "held"))) == 2
     write_table(tmp_path / "held", pair_rows(3), PAIRS, "train-00000-of-00001.parquet")
-    assert len(read_pairs(str(tmp_path / "held"))) == 3
+    assert len(read_preferences(str(tmp_path / "held"))) == 3
 
 
 def test_single_images_with_prompts(tmp_path):
@@ -176,7 +177,7 @@ def as_pickapic(folder: Path, labels: list[tuple], **more: list) -> str:
 
 def test_pickapic_the_higher_label_wins(tmp_path):
     """Guards: label_0 = 0.5 is read as a win for jpg_0."""
-    table = read_pairs(as_pickapic(tmp_path / "p", [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]))
+    table = read_preferences(as_pickapic(tmp_path / "p", [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]))
     jpegs = [encoded(picture(i), "JPEG") for i in range(6)]
     assert [table.images(i) for i in range(2)] == [[jpegs[0], jpegs[1]], [jpegs[5], jpegs[4]]]
     assert table.facts["prompt"][:] == ["caption 0", "caption 2"]
@@ -186,7 +187,7 @@ def test_pickapic_the_higher_label_wins(tmp_path):
 
 def test_pickapic_whole_numbers_and_rows_without_label(tmp_path):
     folder = as_pickapic(tmp_path / "p", [(1, 0), (0, 0), (1, 0)], has_label=[True, False, False])
-    table = read_pairs(folder)
+    table = read_preferences(folder)
     assert len(table) == 1 and table.dropped == {"no label": 2}
 
 
@@ -202,7 +203,7 @@ def test_pickapic_whole_numbers_and_rows_without_label(tmp_path):
 def test_pickapic_labels_are_checked_numbers(tmp_path, labels, said):
     """Guards: labels read from text files as strings, so that jpg_0 always wins."""
     with pytest.raises(InputError, match=said):
-        read_pairs(as_pickapic(tmp_path / "p", labels))
+        read_preferences(as_pickapic(tmp_path / "p", labels))
 
 
 # Drops
@@ -213,15 +214,15 @@ def test_what_is_no_preference_is_dropped_and_counted(tmp_path):
     rows = pair_rows(5)
     rows["rejected"][3] = rows["chosen"][3]
     folder = write_pairs(tmp_path / "p", 5, margin=[0.5, 0.0, 2.0, 1.0, 0.0], rejected=rows["rejected"])
-    table = read_pairs(folder)
-    assert table.facts["row"][:] == [0, 2]
+    table = read_preferences(folder)
+    assert table.facts["rows"][:] == [[0, 0], [2, 2]]
     assert table.dropped == {"tie": 2, "same image twice": 1}
     assert table.where(1) == f"{folder}: row 2", "a row keeps the number that it has in the file"
     assert table.images(1) == [png(4), png(5)]
 
 
 def test_no_margin_is_no_tie(tmp_path):
-    assert len(read_pairs(write_pairs(tmp_path / "p", 2, margin=[None, 0.1]))) == 2
+    assert len(read_preferences(write_pairs(tmp_path / "p", 2, margin=[None, 0.1]))) == 2
 
 
 @pytest.mark.parametrize(
@@ -234,12 +235,12 @@ def test_no_margin_is_no_tie(tmp_path):
 )
 def test_a_margin_that_contradicts_its_pair_stops_the_run(tmp_path, margin, said):
     with pytest.raises(InputError, match=said):
-        read_pairs(write_pairs(tmp_path / "p", 2, margin=[1.0, margin]))
+        read_preferences(write_pairs(tmp_path / "p", 2, margin=[1.0, margin]))
 
 
 def test_nothing_but_ties_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"none of its 3 rows can be used \(3 tie\)"):
-        read_pairs(write_pairs(tmp_path / "p", 3, margin=[0.0] * 3))
+        read_preferences(write_pairs(tmp_path / "p", 3, margin=[0.0] * 3))
 
 
 # What stops the run
@@ -266,7 +267,7 @@ def image_columns(at: int, side: str, value: dict | None) -> dict[str, list]:
 def test_a_broken_row_is_named(tmp_path, columns, said):
     folder = write_pairs(tmp_path / "p", 3, **columns)
     with pytest.raises(InputError, match=said):
-        read_pairs(folder)
+        read_preferences(folder)
 
 
 @pytest.mark.parametrize("lost", ["prompt", "chosen", "rejected"])
@@ -274,7 +275,7 @@ def test_a_missing_column_is_named_beside_those_there(tmp_path, lost):
     columns = {name: values for name, values in pair_rows(2).items() if name != lost}
     features = datasets.Features({name: PAIRS[name] for name in columns})
     with pytest.raises(InputError, match=f"no column '{lost}'; its columns are .*{next(iter(columns))}"):
-        read_pairs(write_table(tmp_path / "p", columns, features))
+        read_preferences(write_table(tmp_path / "p", columns, features))
 
 
 @pytest.mark.parametrize("values", [[1, 2], [0.5, 0.25], [["a"], ["b"]]])
@@ -282,7 +283,7 @@ def test_a_column_that_holds_no_images_is_named(tmp_path, values):
     rows = {**pair_rows(2), "chosen": values}
     features = {**PAIRS, "chosen": datasets.Dataset.from_dict({"chosen": values}).features["chosen"]}
     with pytest.raises(InputError, match="'chosen' holds no images"):
-        read_pairs(write_table(tmp_path / "p", rows, datasets.Features(features)))
+        read_preferences(write_table(tmp_path / "p", rows, datasets.Features(features)))
 
 
 @pytest.mark.parametrize("kind", ["relative", "absolute", "link"])
@@ -295,7 +296,7 @@ def test_a_path_may_not_leave_the_datasets_folder(tmp_path, kind):
     write_pairs(folder, 3, **image_columns(1, "chosen", cell(None, path)))
     (folder / "link.png").symlink_to(secret)
     with pytest.raises(InputError, match=r"row 1, column chosen points to .*, outside of the dataset's"):
-        read_pairs(str(folder))
+        read_preferences(str(folder))
 
 
 def test_an_imagefolder_may_not_leave_its_folder(tmp_path):
@@ -304,13 +305,13 @@ def test_an_imagefolder_may_not_leave_its_folder(tmp_path):
     line = {"chosen_file_name": "../secret.png", "rejected_file_name": "0-good.png", "text": "x"}
     (folder / "metadata.jsonl").write_text(json.dumps(line))
     with pytest.raises(InputError):
-        read_pairs(str(folder))
+        read_preferences(str(folder))
 
 
 def test_a_table_from_the_hub_reaches_downloads_alone(tmp_path):
     (tmp_path / "secret.png").write_bytes(png(0))
     with pytest.raises(InputError, match="outside of the dataset's folder"):
-        image_bytes(cell(None, str(tmp_path / "secret.png")), "hub/name: row 0", inside=None)
+        image_bytes(cell(None, str(tmp_path / "secret.png")), "hub/name: row 0")
 
 
 def test_what_is_no_dataset(tmp_path):
@@ -331,16 +332,16 @@ def test_what_is_no_dataset(tmp_path):
         "missing": "no such folder here",
     }.items():
         with pytest.raises(InputError, match=said):
-            read_pairs(str(tmp_path / name))
+            read_preferences(str(tmp_path / name))
     with pytest.raises(InputError, match="no dataset 'nobody/nothing': no such folder here"):
-        read_pairs("nobody/nothing")
+        read_preferences("nobody/nothing")
 
 
 def test_images_are_not_decoded_while_reading(tmp_path, monkeypatch):
     """Bytes that are no image are found when they are encoded, once, and not on each start."""
     folder = write_pairs(tmp_path / "p", 3, **image_columns(1, "chosen", cell(b"no image")))
     monkeypatch.setattr(Image, "open", None)
-    assert read_pairs(folder).images(1)[0] == b"no image"
+    assert read_preferences(folder).images(1)[0] == b"no image"
 
 
 # Kept by content: what changed on disk is seen
@@ -359,7 +360,7 @@ def with_paths(folder: Path) -> Path:
 
 
 def hashes(folder: Path) -> list[str]:
-    return read_pairs(str(folder)).facts["sha256"][0]
+    return read_preferences(str(folder)).facts["sha256"][0]
 
 
 def test_a_replaced_picture_has_a_new_hash(tmp_path):
@@ -370,7 +371,7 @@ def test_a_replaced_picture_has_a_new_hash(tmp_path):
     assert hashes(tmp_path) == [sha(png(9)), sha(png(2))]
     (pictures / "0.png").unlink()
     with pytest.raises(InputError, match=r"row 0, column chosen points to pictures/0\.png, which is"):
-        read_pairs(str(tmp_path))
+        read_preferences(str(tmp_path))
 
 
 def test_a_picture_replaced_in_place_with_its_old_times_has_a_new_hash(tmp_path):
@@ -395,13 +396,13 @@ def test_a_saved_dataset_is_checked_once(tmp_path):
     """Guards: datasets' own caches in that folder, taken for a change of it."""
     folder = Path(as_saved(tmp_path / "saved"))
     for _ in range(3):
-        check_pairs(read_pairs(str(folder)))
+        check_pairs(read_preferences(str(folder)))
         assert len(list(folder.glob("cache-*.arrow"))) == 1
 
 
 def test_a_picture_that_changes_under_a_read_table_is_named(tmp_path, stable_diffusion):
     pictures = with_paths(tmp_path / "table")
-    table = read_pairs(str(tmp_path / "table"))
+    table = read_preferences(str(tmp_path / "table"))
     (pictures / "1.png").write_bytes(png(9))
     encoder = Encoder(load_pipeline(stable_diffusion), tmp_path / "cache", 16)
     with pytest.raises(InputError, match="row 1, column chosen: the image has changed since"):
@@ -415,21 +416,21 @@ def test_a_table_is_named_among_those_of_a_builders_folder(tmp_path):
     write_pairs(tmp_path / "pairs", 3)
     write_table(tmp_path / "sft", {"prompt": ["a"], "image": [cell(png(0))]})
     (tmp_path / "BUILD.json").write_text("{}")
-    assert len(read_pairs(str(tmp_path), config="pairs")) == 3
+    assert len(read_preferences(str(tmp_path), config="pairs")) == 3
     assert len(read_sft(str(tmp_path), config="sft")) == 1
     with pytest.raises(InputError, match="several tables; name one with --dataset_config: pairs, sft"):
-        read_pairs(str(tmp_path))
+        read_preferences(str(tmp_path))
     with pytest.raises(InputError, match=r"--dataset_config ranked: .* its tables are pairs, sft"):
-        read_pairs(str(tmp_path), config="ranked")
+        read_preferences(str(tmp_path), config="ranked")
 
 
 # Soft labels
 
 
 def test_soft_labels_are_probabilities(tmp_path):
-    table = read_pairs(write_pairs(tmp_path / "p", 2, p_chosen=[0.9, 0.5]))
+    table = read_preferences(write_pairs(tmp_path / "p", 2, p_chosen=[0.9, 0.5]))
     assert table.soft_labels and table.column("p_chosen") == pytest.approx([0.9, 0.5])
-    assert not read_pairs(write_pairs(tmp_path / "q", 2)).soft_labels
+    assert not read_preferences(write_pairs(tmp_path / "q", 2)).soft_labels
     for wrong in (1.5, -0.1, float("nan"), None):
         with pytest.raises(InputError, match=r"row 1 has the p_chosen .*; it is a probability"):
-            read_pairs(write_pairs(tmp_path / "w", 2, p_chosen=[0.9, wrong]))
+            read_preferences(write_pairs(tmp_path / "w", 2, p_chosen=[0.9, wrong]))
