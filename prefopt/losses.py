@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 
 class Pair(NamedTuple):
@@ -227,6 +227,26 @@ def mapo_loss(errors: Pair, *, beta: float, snr: float = 0.5, steps: int = 1000)
     soft = Pair(*(exponent / torch.expm1(exponent) for exponent in exponents))
     losses = errors.chosen - beta * logsigmoid(steps * soft.margin)
     return PreferenceLoss(losses, _detached(Pair(steps * soft.chosen, steps * soft.rejected)))
+
+
+def realism_loss(logits: Tensor) -> Tensor:
+    """What a generator pays for looking generated: softplus(-d) of a discriminator's logits d, any shape.
+
+    The loss without saturation of arXiv 1406.2661, section 3.
+    """
+    return softplus(-logits)
+
+
+def discriminator_loss(logits: Tensor, real: Tensor, there: Tensor) -> Tensor:
+    """What a discriminator pays, (batch,): the mean of softplus(-d) over the real candidates and that of
+    softplus(d) over the others, half each; logits, `real` and `there` (the places to count) are (batch, k).
+
+    An example with no candidate of one kind counts the other alone; one without any has loss 0.
+    """
+    losses = softplus(logits.where(~real, -logits))
+    kinds = torch.stack([real & there, ~real & there])  # (2, batch, k)
+    means = (losses * kinds).sum(2) / kinds.sum(2).clamp(min=1)
+    return means.sum(0) / kinds.any(2).sum(0).clamp(min=1)
 
 
 def best_and_worst(values: Tensor, ranks: Tensor) -> Pair:

@@ -14,7 +14,7 @@ A new objective is a function and an entry of `OBJECTIVES`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
@@ -25,6 +25,7 @@ from prefopt.losses import (
     PreferenceLoss,
     best_and_worst,
     cpo_loss,
+    discriminator_loss,
     dpo_loss,
     every_pair,
     guard_winner,
@@ -49,7 +50,9 @@ class Scored(NamedTuple):
     scores: Tensor  # (batch, k), higher where the model likes a candidate more
     nll: Tensor | None = None  # (batch, k), negative log-likelihood in nats, or the denoising error
     residual: Tensor | None = None  # (batch, k, C, H, W), the network's prediction minus its target
-    realism: Tensor | None = None  # (batch, k), a discriminator's logits of the predicted clean latents
+    realism_loss: Tensor | None = None  # (batch, k), what a discriminator says of the predicted clean latents
+    discriminator_loss: Tensor | None = None  # (batch,), its own loss, if it is trained as well
+    penalty: Tensor | None = None  # (batch,), of a discriminator's gradient
 
 
 class Loss(NamedTuple):
@@ -160,6 +163,35 @@ def supervised() -> Objective:
         return Loss(sft_loss(_chosen_nll(scored, batch)))
 
     return Objective(compute, needs_reference=False, needs=frozenset({"nll"}))
+
+
+def with_discriminator(objective: Objective, weight: float) -> Objective:
+    """The objective with a discriminator's term, the mean over an example's candidates times `weight`, and
+    the discriminator's own loss if it is trained as well."""
+
+    def compute(scored: Scored, reference: Tensor | None, batch: Batch) -> Loss:
+        loss, there = objective.compute(scored, reference, batch), batch["mask"]
+        term = (_given(scored.realism_loss, "realism_loss") * there).sum(1) / there.sum(1)
+        losses, terms = loss.losses + weight * term, {**loss.terms, "discriminator/term": term.detach()}
+        if scored.discriminator_loss is not None:
+            losses = losses + scored.discriminator_loss
+            terms["discriminator/loss"] = scored.discriminator_loss.detach()
+        return loss._replace(losses=losses, terms=terms)
+
+    return replace(objective, compute=compute, needs=objective.needs | {"realism_loss"})
+
+
+def discriminating() -> Objective:
+    """A discriminator's own: its candidates of rank 1 are real, all others generated."""
+
+    def compute(scored: Scored, reference: Tensor | None, batch: Batch) -> Loss:
+        ranks = batch["ranks"]
+        loss = discriminator_loss(scored.scores, ranks == 1, ranks > 0)
+        if scored.penalty is None:
+            return Loss(loss, scored.scores.detach())
+        return Loss(loss + scored.penalty, scored.scores.detach(), {"penalty": scored.penalty.detach()})
+
+    return Objective(compute, needs_reference=False)
 
 
 def _dpo(options: "ObjectiveOptions", beta: float) -> Objective:

@@ -66,7 +66,9 @@ def load(source: str, *, split: str, config: str | None, revision: str | None) -
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, encoded)
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+        elif isinstance(feature, datasets.List | datasets.LargeList) and isinstance(
+            feature.feature, datasets.Image
+        ):
             rows = rows.cast_column(name, datasets.List(encoded))
     return rows
 

@@ -49,8 +49,10 @@ class PreferenceTrainer(CheckpointingTrainer):
     `train_dataset[(index, visit)]` gives an example with its `item`. The reference, if the objective needs
     one, is the model without its adapters, or `reference_model`, a frozen copy for full fine-tuning.
     `prepare(model, batch)` computes what both need of a batch and no training changes. Examples with equal
-    entries in `groups` are read one after another. `about` goes into config.json: conventions that the
-    options do not tell. A model that is no transformers model implements `checkpoints.SavesItself`.
+    entries in `groups` are read one after another. `apart` gives parts of the model, by their names in it, a
+    learning rate of their own; their gradients are clipped apart, too. `about` goes into config.json:
+    conventions that the options do not tell. A model that is no transformers model implements
+    `checkpoints.SavesItself`.
     InputError if the objective needs what `score` cannot give.
     """
 
@@ -70,6 +72,7 @@ class PreferenceTrainer(CheckpointingTrainer):
         metrics: Metrics | None = None,
         reference_model: nn.Module | None = None,
         groups: Sequence[Hashable] | None = None,
+        apart: Mapping[str, float] | None = None,
         about: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
@@ -80,7 +83,7 @@ class PreferenceTrainer(CheckpointingTrainer):
             )
         self.score, self.objective, self.batch_metrics = score, objective, metrics
         self.prepare_batch, self.groups = prepare, groups
-        self.reference_model = reference_model
+        self.reference_model, self.apart = reference_model, dict(apart or {})
         self.about = dict(about or {})
         self.metrics_file: MetricsFile | None = None
         self._sums: dict[str, Tensor] = {}  # name -> (sum of values, sum of weights) since the last log
@@ -203,6 +206,32 @@ class PreferenceTrainer(CheckpointingTrainer):
     def _get_eval_sampler(self, eval_dataset: Any):
         # An evaluation sees the same draws every time.
         return VisitSampler(len(eval_dataset), global_batch=1, seed=0, epoch=lambda: 0, shuffle=False)
+
+    # The optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with parameter groups for the parts that have their own learning rate."""
+        optimizer: Any = super().create_optimizer(model)
+        for name, rate in self.apart.items():
+            own = {id(parameter) for parameter in self.model.get_submodule(name).parameters()}
+            for group in list(optimizer.param_groups):
+                mine = [parameter for parameter in group["params"] if id(parameter) in own]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+                optimizer.add_param_group({**group, "params": mine, "lr": rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        parts = [list(self.model.get_submodule(name).parameters()) for name in self.apart]
+        gradients = {parameter: parameter.grad for part in parts for parameter in part}
+        for parameter in gradients:
+            parameter.grad = None
+        norm = super()._clip_grad_norm(model)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for part in parts:
+            nn.utils.clip_grad_norm_(part, self.args.max_grad_norm)
+        return norm
 
     # The loss
 

@@ -73,6 +73,18 @@ PAIRS: Columns = {
     "chosen_seed": "int64",
     "rejected_seed": "int64",
 }
+CONSENSUS: Columns = {
+    "prompt": "string",
+    "chosen": "image",  # the source's bytes
+    "rejected": "image",
+    "p_chosen": "float32",
+    "agreement": "float32",  # the share of the judges that prefer the chosen image; a tie is half a vote
+    "chosen_scores": ["float32"],  # of each judge, in the order of --judges
+    "rejected_scores": ["float32"],
+    "chosen_row": "int64",  # of the source
+    "rejected_row": "int64",
+    "prompt_id": "string",
+}
 RANKED: Columns = {
     "prompt": "string",
     "images": ["image"],

@@ -5,12 +5,12 @@ from typing import Literal
 
 from prefopt.config import RecipeConfig
 from prefopt.errors import InputError
-from prefopt.options import check_interval, option
+from prefopt.options import check_interval, check_paths_exist, option
 
 
 @dataclass
-class DiffusionConfig(RecipeConfig):
-    """A recipe's options, and how images are read."""
+class ImageArguments:
+    """The text-to-image model, and how images are read."""
 
     model_name_or_path: str = option("pocket", "A diffusers pipeline: a folder, a hub id, or `pocket`.")
     resolution: int | None = option(
@@ -18,6 +18,15 @@ class DiffusionConfig(RecipeConfig):
     )
     flip_probability: float = option(0.0, "Probability that an example's images are mirrored.")
     drop_probability: float = option(0.0, "Probability that an example's prompt is left empty.")
+
+    def check_images(self) -> None:
+        """InputError for values out of range."""
+        check_interval(self, "[0, 1]", "flip_probability", "drop_probability")
+
+
+@dataclass
+class TimestepArguments:
+    """Which timesteps are trained on."""
 
     timestep_range: list[float] = option(
         [0.0, 1.0], "Part of the noise schedule to train on, from its least noise to its most, in [0, 1]."
@@ -30,19 +39,67 @@ class DiffusionConfig(RecipeConfig):
     logit_mean: float = option(0.0, "For logit_normal: above 0, more noise; below, less.")
     logit_std: float = option(1.0, "For logit_normal: the larger, the more often the ends.")
 
+    def check_timesteps(self, visits: int | None) -> None:
+        """InputError for values out of range."""
+        check_interval(self, "(-inf, inf)", "logit_mean")
+        check_interval(self, "(0, inf)", "logit_std")
+        _check_ends(self, "timestep_range")
+        if self.timestep_distribution == "stratified" and visits:
+            raise InputError(
+                "--timestep_distribution stratified spreads the times of each step evenly, and --visits "
+                "repeats times of other steps: leave one of them out"
+            )
+
+
+@dataclass
+class DiscriminatorArguments:
+    """A discriminator in the loss, as in a GAN."""
+
+    discriminator_name_or_path: str | None = option(
+        None,
+        "Add a discriminator's term to the loss: a folder or hub id that recipes/discriminator.py wrote "
+        "(default: none).",
+    )
+    discriminator_weight: float = option(0.1, "Weight of that term, softplus(-d(predicted clean latents)).")
+    discriminator_window: list[float] = option(
+        [0.0, 0.5],
+        "Part of the noise schedule in which the term counts, from least noise to most, in [0, 1].",
+    )
+    discriminator_mode: Literal["frozen", "adversarial"] = option(
+        "frozen", "The discriminator stays as it is (frozen), or is trained on the predictions (adversarial)."
+    )
+    discriminator_learning_rate: float = option(1e-4, "For adversarial: the discriminator's learning rate.")
+
+    def check_discriminator(self, *, fp16: bool) -> None:
+        """InputError for values out of range, and for options of a discriminator that is not there."""
+        check_interval(self, "[0, inf)", "discriminator_weight")
+        check_interval(self, "(0, inf)", "discriminator_learning_rate")
+        _check_ends(self, "discriminator_window")
+        check_paths_exist(self, "discriminator_name_or_path")
+        adversarial = self.discriminator_mode == "adversarial"
+        if adversarial and not self.discriminator_name_or_path:
+            raise InputError("--discriminator_mode adversarial: name one with --discriminator_name_or_path")
+        if adversarial and fp16:
+            raise InputError("--discriminator_mode adversarial with --fp16: take --bf16 in its place")
+
+
+@dataclass
+class DiffusionConfig(RecipeConfig, ImageArguments, TimestepArguments, DiscriminatorArguments):
+    """The options of a recipe that trains a text-to-image model."""
+
+    model_name_or_path: str = option("pocket", "A diffusers pipeline: a folder, a hub id, or `pocket`.")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight is used in every forward
-        check_interval(self, "(-inf, inf)", "logit_mean")
-        check_interval(self, "(0, inf)", "logit_std")
-        if self.timestep_distribution == "stratified" and self.visits:
-            raise InputError(
-                "--timestep_distribution stratified spreads the times over each step of an epoch, and --visits "
-                "repeats those of other steps: leave one of them out"
-            )
-        check_interval(self, "[0, 1]", "flip_probability", "drop_probability")
-        ends = self.timestep_range
-        if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1:
-            given = " ".join(map(str, self.timestep_range))
-            raise InputError(f"--timestep_range {given}: name its two ends, the lower first, in [0, 1]")
+        self.check_images()
+        self.check_timesteps(self.visits)
+        self.check_discriminator(fp16=self.fp16)
+
+
+def _check_ends(config: object, name: str) -> None:
+    ends = getattr(config, name)
+    if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1:
+        given = " ".join(map(str, ends))
+        raise InputError(f"--{name} {given}: name its two ends, the lower first, in [0, 1]")

@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
         conditioning: Mapping[str, Tensor],
         mask: Tensor | None = None,
     ) -> tuple[Noised, Tensor]:
-        """The noised latents, and the network's prediction of their target, (batch, k, C, H, W) in float32."""
+        """The noised latents, and what the network predicts of the target, (batch, k, C, H, W) in float32."""
         candidates = latents.shape[1]
         noised = self.schedule.add_noise(latents, noise, time)
         there = None if mask is None else mask.flatten().nonzero().squeeze(1)

@@ -54,6 +54,12 @@ def prepare_image(content: bytes, where: str, resolution: int) -> Prepared:
     width, height = image.size
     if min(width, height) < SMALLEST:
         raise InputError(f"{where}: an image of {width} x {height} pixels; the shorter side needs {SMALLEST}")
+    return prepare_picture(image, resolution)
+
+
+def prepare_picture(image: Image.Image, resolution: int) -> Prepared:
+    """The same of an RGB picture that is open already."""
+    width, height = image.size
     scale = resolution / min(width, height)
     resized = image.resize(
         (max(resolution, round(width * scale)), max(resolution, round(height * scale))),

@@ -78,7 +78,8 @@ def save_weights(network: Any, component: str, folder: str | Path, state_dict: M
     """Write the network's LoRA, or, if it has none, all of its weights with its config in `component`/."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name.removeprefix(f"{component}."): value for name, value in state_dict.items()}
+    prefix = f"{component}."
+    state = {n.removeprefix(prefix): value for n, value in state_dict.items() if n.startswith(prefix)}
     layers = len(adapter_layers(network))
     if not layers:
         network.save_config(folder / component)

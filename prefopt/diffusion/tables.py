@@ -1,7 +1,7 @@
 """Tables of images: their formats, checks, and what each row says of its images.
 
-A format is recognised by its columns, beside those of the prompt: the first of these whose columns are all
-there.
+A format is recognised by its columns, beside those of the prompt: of these whose columns are all there, the
+one with the most.
 
 | columns                                    | format                                                        |
 |--------------------------------------------|---------------------------------------------------------------|
@@ -138,16 +138,19 @@ def _ranked(row: Mapping[str, Any], where: str) -> Order:
 
 
 def _listed(images: str, ranks: str, row: Mapping[str, Any], where: str) -> Order:
-    names = tuple(_cells(row, [images]))
+    names = tuple(_cells(row, [images])) if row[images] is not None else ()
     given = row[ranks] if row[ranks] is not None else []
     if len(names) != len(given):
         raise InputError(f"{where} has {len(names)} {images}, but {len(given)} {ranks}")
     if len(names) < 2:
-        raise InputError(f"{where} has {len(names)} image; a ranking needs two or more")
-    for rank in given:
-        if isinstance(rank, bool) or not isinstance(rank, Integral) or int(rank) < 0:
-            raise InputError(f"{where} has the rank {rank!r}; ranks are whole numbers, 1 the best")
-    return Order(names, tuple(given))
+        raise InputError(f"{where} has {len(names)} in its list {images}; a ranking needs two or more")
+    return Order(names, tuple(_rank(rank, where) for rank in given))
+
+
+def _rank(rank: Any, where: str) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or int(rank) < 0:
+        raise InputError(f"{where} has the rank {rank!r}; ranks are whole numbers, 1 the best")
+    return int(rank)
 
 
 def _pickapic(row: Mapping[str, Any], where: str) -> Order:
@@ -163,7 +166,8 @@ def _pickapic(row: Mapping[str, Any], where: str) -> Order:
 def _votes(row: Mapping[str, Any], where: str) -> Order:
     votes = (row["votes_image1"], row["votes_image2"])
     for count in votes:
-        if isinstance(count, bool) or not isinstance(count, Real) or count < 0 or count != int(count):
+        whole = isinstance(count, Real) and not isinstance(count, bool) and float(count).is_integer()
+        if not whole or count < 0:
             raise InputError(f"{where} has {count!r} votes; votes are counted: 0, 1, 2, ...")
     total = sum(votes)
     p_chosen = max(votes) / total if total else 0.5
@@ -185,9 +189,9 @@ def _hpdv2(row: Mapping[str, Any], where: str) -> Order:
 
 
 def _image_reward(row: Mapping[str, Any], where: str) -> Order:
-    if isinstance(row["rank"], bool) or not isinstance(row["rank"], Integral):
-        raise InputError(f"{where} has the rank {row['rank']!r}; ranks are whole numbers, 1 the best")
-    return Order(("image",), (int(row["rank"]),))
+    if row["prompt_id"] is None:
+        raise InputError(f"{where} has no prompt_id, which tells the images of a prompt from others")
+    return Order(("image",), (_rank(row["rank"], where),))
 
 
 FORMATS = (
@@ -233,7 +237,7 @@ def read_sft(
     source: str, *, split: str = "train", config: str | None = None, revision: str | None = None
 ) -> Table:
     """Prompts with one image each, of a folder or a hub id; of pairs the chosen, of lists the best image."""
-    rows, source = _rows(source, split, config, revision)
+    named, (rows, source) = source, _rows(source, split, config, revision)
     names = set(rows.column_names)
     column = next((name for name in ("image", "chosen") if name in names), None)
     if column and not {"rank", "prompt_id"} <= names:
@@ -241,7 +245,7 @@ def read_sft(
         return _checked(rows, source, split, Format((column,), (column,), lambda row, where: alone))
     if not any(set(form.columns) <= names for form in FORMATS):
         raise InputError(f"{source}: no column 'image'; its columns are {rows.column_names}")
-    table = read_preferences(source, split=split, config=None, revision=revision)
+    table = read_preferences(named, split=split, config=config, revision=revision)
 
     def best(fact: dict) -> dict:
         return {name: fact[name][:1] for name in ("rows", "columns", "sha256", "ranks")}
@@ -256,9 +260,11 @@ def _rows(source: str, split: str, config: str | None, revision: str | None) -> 
     if file is None:
         return load(source, split=split, config=config, revision=revision), source
     try:
-        rows: Any = datasets.load_dataset("json", data_files={split: str(file)}, split=split)
-    except (DatasetsError, ValueError, ArrowException) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
+        # As in records.load: the name is part of datasets' cache key.
+        name, files = folder_state(Path(source))[:16], {split: str(file)}
+        rows: Any = datasets.load_dataset("json", name, data_files=files, split=split)
+    except (DatasetsError, ValueError, ArrowException, StopIteration) as error:
+        raise InputError(f"{file} cannot be read as JSON: {str(error) or 'it is empty'}") from error
     return rows, source
 
 

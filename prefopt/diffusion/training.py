@@ -11,15 +11,18 @@ from accelerate import PartialState
 from torch import nn
 
 from prefopt import pocket
-from prefopt.diffusion.config import DiffusionConfig
+from prefopt.config import PreferenceConfig
+from prefopt.diffusion.config import DiffusionConfig, ImageArguments
 from prefopt.diffusion.denoiser import Denoiser, denoising_metrics
+from prefopt.diffusion.discriminator import DiscriminatedDenoiser, load_discriminator
+from prefopt.diffusion.families import Family
 from prefopt.diffusion.latents import EncodedCandidates, encode_table
 from prefopt.diffusion.lora import make_trainable
 from prefopt.diffusion.sampling import load_pipeline, save_pipeline
 from prefopt.diffusion.schedule import Times
 from prefopt.diffusion.tables import Table
 from prefopt.errors import InputError
-from prefopt.objectives import Objective, Scored
+from prefopt.objectives import Objective, Scored, with_discriminator
 from prefopt.reference import frozen_copy
 from prefopt.trainer import PreferenceTrainer
 
@@ -46,16 +49,20 @@ def train(
     objective.check_labels(table.soft_labels)
     if config.reference == "cache" and not objective.needs_reference:
         raise InputError("--reference cache: this objective has no reference")
+    if config.discriminator_name_or_path:
+        objective = with_discriminator(objective, config.discriminator_weight)
     denoiser, examples = prepare(config, table)
     frozen = objective.needs_reference and not config.use_peft and config.reference == "live"
+    adversarial = config.discriminator_mode == "adversarial"
     trainer = PreferenceTrainer(
         denoiser,
         config,
-        score=DenoisingScore(),
+        score=DenoisingScore(bool(config.discriminator_name_or_path)),
         objective=objective,
         metrics=partial(denoising_metrics, schedule=denoiser.schedule),
         train_dataset=examples,
         reference_model=frozen_copy(denoiser) if frozen else None,
+        apart={"discriminator": config.discriminator_learning_rate} if adversarial else {},
         about=about(denoiser.schedule.prediction),
     )
     trainer.train()
@@ -70,35 +77,65 @@ def prepare(config: DiffusionConfig, table: Table) -> tuple[Denoiser, EncodedCan
     """The denoiser to train and the table's encoded examples; the frozen parts are freed afterwards."""
     dtype = getattr(torch, config.dtype)
     pipeline = load_pipeline(config.model_name_or_path, revision=config.model_revision, dtype=dtype)
-    if dtype == torch.float16:
+    denoiser = _denoiser(config, pipeline)
+    torch.manual_seed(config.seed)  # a fresh adapter's random factor is the same on every process
+    make_trainable(denoiser.network, pipeline, config, denoiser.family.lora_targets)
+    examples = encode(config, config, pipeline, denoiser.family, table, strata=_strata(config))
+    free(pipeline, denoiser.family)
+    return denoiser, examples
+
+
+def encode(
+    config: PreferenceConfig,
+    images: ImageArguments,
+    pipeline: Any,
+    family: Family,
+    table: Table,
+    **chances: Any,
+) -> EncodedCandidates:
+    """The table's examples, encoded by the pipeline's frozen parts; `chances` go to EncodedCandidates."""
+    if pipeline.vae.dtype == torch.float16:
         pipeline.vae.float()  # SDXL's VAE overflows in float16
-    denoiser = Denoiser(pipeline, times=_times(config))
-    family, network = denoiser.family, denoiser.network
-    resolution = config.resolution or network.config["sample_size"] * pipeline.vae_scale_factor
+    network: Any = family.network(pipeline)
+    resolution = images.resolution or network.config["sample_size"] * pipeline.vae_scale_factor
     if resolution % pipeline.vae_scale_factor:
         raise InputError(
             f"--resolution {resolution} is no multiple of {pipeline.vae_scale_factor}, the VAE's reduction"
         )
-    torch.manual_seed(config.seed)  # a fresh adapter's random factor is the same on every process
-    make_trainable(network, pipeline, config, family.lora_targets)
-    frozen = ("vae", *family.text_encoders)
-    for part in frozen:
+    for part in ("vae", *family.text_encoders):
         getattr(pipeline, part).eval().to(PartialState().device)
-    examples = encode_table(
+    return encode_table(
         pipeline,
         family,
         table,
         cache_dir=Path(config.cache_dir or Path(str(config.output_dir), "cache")),
         resolution=resolution,
         seed=config.seed,
-        flip_probability=config.flip_probability,
-        drop_probability=config.drop_probability,
-        strata=_strata(config),
+        flip_probability=images.flip_probability,
+        drop_probability=images.drop_probability,
+        **chances,
     )
-    for part in frozen:
+
+
+def free(pipeline: Any, family: Family) -> None:
+    """Drop the parts that encode: nothing needs them in the steps."""
+    for part in ("vae", *family.text_encoders):
         setattr(pipeline, part, None)
     gc.collect()
-    return denoiser, examples
+
+
+def _denoiser(config: DiffusionConfig, pipeline: Any) -> Denoiser:
+    """The denoiser, with the discriminator of the options if there is one."""
+    if not config.discriminator_name_or_path:
+        return Denoiser(pipeline, times=_times(config))
+    low, high = config.discriminator_window
+    return DiscriminatedDenoiser(
+        pipeline,
+        times=_times(config),
+        discriminator=load_discriminator(config.discriminator_name_or_path, pipeline),
+        window=(low, high),
+        adversarial=config.discriminator_mode == "adversarial",
+    )
 
 
 def _times(config: DiffusionConfig) -> Times:
@@ -115,9 +152,10 @@ def _strata(config: DiffusionConfig) -> tuple[int, int] | None:
 class DenoisingScore:
     """Scores of a batch of encoded candidates through the model that the trainer hands over."""
 
-    extras = frozenset({"nll", "residual"})
+    def __init__(self, has_discriminator: bool = False):
+        self.extras = frozenset({"nll", "residual"} | ({"realism_loss"} if has_discriminator else set()))
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Scored:
-        """Scores (batch, k), with the denoising errors as `nll`, and the residuals."""
+        """Scores (batch, k), the denoising errors as `nll`, the residuals, and a discriminator's losses."""
         mask = None if batch["mask"].all() else batch["mask"]
         return model(batch["latents"], batch["noise"], batch["time"], batch["conditioning"], mask)

@@ -1,4 +1,4 @@
-"""Reward models behind the judges' interface: CLIP, PickScore, ImageReward.
+"""Reward models behind the judges' interface: CLIP, PickScore, ImageReward, a trained discriminator.
 
 A reward model gives an image and its prompt one number r in logits, after Bradley and Terry: for one prompt,
 sigmoid(r_a - r_b) is the probability that a is preferred over b. A judge answers questions: r becomes the
@@ -14,9 +14,11 @@ from PIL import Image
 from scipy.special import expit
 from transformers import PreTrainedConfig
 
+from prefopt.diffusion.discriminator import MODEL_TYPE as DISCRIMINATOR
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.judges.clip import ClipScorer
+from prefopt.judges.discriminator import DiscriminatorScorer
 from prefopt.judges.image_reward import CONVERTER, MODEL_TYPE, ImageRewardScorer
 from prefopt.judges.questions import NO, YES, Answer, Case, Question
 from prefopt.judges.rubric import Rubric
@@ -35,7 +37,11 @@ class RewardModel(Protocol):
         ...
 
 
-REWARD_MODELS: dict[str, Callable[..., RewardModel]] = {"clip": ClipScorer, MODEL_TYPE: ImageRewardScorer}
+REWARD_MODELS: dict[str, Callable[..., RewardModel]] = {
+    "clip": ClipScorer,
+    MODEL_TYPE: ImageRewardScorer,
+    DISCRIMINATOR: DiscriminatorScorer,
+}
 
 
 def reward_type(name_or_path: str, revision: str | None = None) -> str | None:

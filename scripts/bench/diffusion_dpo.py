@@ -17,21 +17,18 @@ import io
 import json
 import statistics
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from shapes import RESOLUTION, build
 from torch.utils.data import DataLoader
+from turns import DTYPES, device_name, take_turns
 
 from prefopt.adapters import lora_config
 from prefopt.config import LoraArguments
@@ -46,7 +43,6 @@ from prefopt.reference import adapters_off
 from prefopt.runs import versions
 
 BETA = 2500.0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Bench:
@@ -164,30 +160,6 @@ def moved(value: Any, device: torch.device) -> Any:
     return value.to(device)
 
 
-@contextmanager
-def peak_memory(device: torch.device, into: list[float]) -> Iterator[None]:
-    """Append the highest memory in use in GiB: the device's, or on a CPU the process's, sampled."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield
-        into.append(torch.cuda.max_memory_allocated(device) / 2**30)
-        return
-    process, done, seen = psutil.Process(), threading.Event(), [0]
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            seen.append(process.memory_info().rss)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:  # or an error would leave a thread that keeps the process alive
-        done.set()
-        thread.join()
-    into.append(max(seen) / 2**30)
-
-
 def measure(bench: Bench, repeats: int) -> dict[str, Any]:
     """Seconds a step and peak memory of the three steps, taking turns."""
     steps: dict[str, Callable[[int], None]] = {
@@ -195,29 +167,16 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
         "cached encodings": bench.cached_encodings,
         "cached reference": bench.cached_reference,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    memory: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 1):
-        for name, step in steps.items():
-            with peak_memory(bench.device, memory[name]):
-                start = time.perf_counter()
-                step(turn)
-                if bench.device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - start)
-    medians = {
-        name: statistics.median(taken[1:]) for name, taken in seconds.items()
-    }  # the first turn warms up
+    seconds, memory = take_turns(steps, repeats, bench.device)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     return {
         "pairs_per_second": {name: round(bench.batch / median, 3) for name, median in medians.items()},
         "times_faster_than_plain": {
-            name: round(statistics.median(np.divide(seconds["plain"][1:], taken[1:])), 3)
+            name: round(statistics.median(np.divide(seconds["plain"], taken)), 3)
             for name, taken in seconds.items()
         },
-        "seconds_per_step": {
-            name: [round(value, 4) for value in taken[1:]] for name, taken in seconds.items()
-        },
-        "peak_memory_gib": {name: round(max(peaks[1:]), 2) for name, peaks in memory.items()},
+        "seconds_per_step": {name: [round(value, 4) for value in taken] for name, taken in seconds.items()},
+        "peak_memory_gib": {name: round(max(peaks), 2) for name, peaks in memory.items()},
     }
 
 
@@ -235,10 +194,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.size, options.batch, options.dtype, device, Path(folder))
         figures = measure(bench, options.repeats)
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
-    print(json.dumps({**vars(options), "device": name, **figures, "versions": versions()}, indent=2))
+    what = {**vars(options), "device": device_name(device)}
+    print(json.dumps({**what, **figures, "versions": versions()}, indent=2))
 
 
 if __name__ == "__main__":

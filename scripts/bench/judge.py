@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusion_dpo import DTYPES, peak_memory
 from PIL import Image
 from shapes import LANGUAGE, TILE, save_vlm
 from transformers.pipelines.decision import DecisionPipeline
+from turns import DTYPES, peak_memory
 
 from prefopt.judges.decision import VlmAnswerer, request
 from prefopt.judges.questions import Case

@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from diffusion_dpo import DTYPES, peak_memory
 from PIL import Image
 from shapes import LLAVA_15, build_llava_15
 from trl import DPOConfig, DPOTrainer
+from turns import DTYPES, peak_memory
 
 from prefopt.config import LoraArguments, PreferenceConfig
 from prefopt.objectives import ObjectiveOptions, objective_of

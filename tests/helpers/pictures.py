@@ -13,6 +13,14 @@ PAIRS = datasets.Features(
     {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
 )
 
+RANKED = datasets.Features(
+    {
+        "prompt": datasets.Value("string"),
+        "images": datasets.List(datasets.Image()),
+        "ranks": datasets.List(datasets.Value("int64")),
+    }
+)
+
 
 def picture(seed: int, width: int = SIZE, height: int = SIZE) -> Image.Image:
     """Random pixels."""
@@ -64,3 +72,19 @@ def write_pairs(folder: Path, count: int = 4, **columns: list) -> str:
         if name not in ("chosen", "rejected")
     }
     return write_table(folder, {**pair_rows(count), **columns}, datasets.Features(features))
+
+
+def ranked_rows(lists: list[list[int]], ranks: list) -> dict[str, list]:
+    """The columns of ranked lists of random pictures, named by their seeds."""
+    return {
+        "prompt": [f"prompt {i}" for i in range(len(lists))],
+        "images": [[cell(png(seed)) for seed in seeds] for seeds in lists],
+        "ranks": ranks,
+    }
+
+
+def write_ranked(folder: Path, lists: list[list[int]], ranks: list) -> str:
+    """Write a table of ranked lists; ranks may be of any type."""
+    rows = ranked_rows(lists, ranks)
+    kind = datasets.Dataset.from_dict({"ranks": ranks}).features["ranks"]
+    return write_table(folder, rows, datasets.Features({**RANKED, "ranks": kind}))

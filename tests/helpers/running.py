@@ -10,6 +10,7 @@ from typing import Any
 from launching import ROOT
 
 CONFIGS = {
+    "diffusion_cpo": "DiffusionCPOConfig",
     "diffusion_dpo": "DiffusionDPOConfig",
     "diffusion_sft": "DiffusionSFTConfig",
     "vlm_dpo": "VlmDPOConfig",
