@@ -2,7 +2,7 @@
 
     accelerate launch recipes/diffusion_cpo.py
     accelerate launch recipes/diffusion_cpo.py \\
-        --config recipes/configs/diffusion_cpo_sd15.yaml --dataset_name data/lists --dataset_config ranked
+        --config recipes/configs/diffusion_cpo_sd15.yaml --dataset_name data/lists/ranked
 
 Contrastive preference optimization (arXiv 2401.08417) compares the denoising errors of a better and a worse
 image at one timestep and noise, and adds the better one's own error: -log sigmoid(beta (error_l - error_w)) +
