@@ -21,7 +21,15 @@ PURE = ("losses", "draws", "errors", "files")
 ENTRY_POINTS = sorted(
     path for folder in ("recipes", "data_builders") for path in (ROOT / folder).glob("[!_]*.py")
 )
-TRAINING = ("diffusion_dpo", "diffusion_sft", "vlm_dpo", "vlm_qlora_ensemble", "vlm_sft")
+TRAINING = (
+    "diffusion_cpo",
+    "diffusion_dpo",
+    "diffusion_sft",
+    "discriminator",
+    "vlm_dpo",
+    "vlm_qlora_ensemble",
+    "vlm_sft",
+)
 
 
 def relative(path: Path) -> str:

@@ -119,7 +119,8 @@ class Denoiser(nn.Module):
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """LoRA as `load_lora_weights` reads it, or all weights as `from_pretrained` reads a sub-folder."""
         state = self.state_dict() if state_dict is None else state_dict
-        save_weights(self.network, self.family.component, folder, state)
+        own = {name: value for name, value in state.items() if name.startswith(f"{self.family.component}.")}
+        save_weights(self.network, self.family.component, folder, own)
 
     def load_weights(self, folder: str | Path) -> None:
         """Load what `save_pretrained` wrote, bit for bit; what does not fit is an InputError."""

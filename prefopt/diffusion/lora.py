@@ -78,8 +78,7 @@ def save_weights(network: Any, component: str, folder: str | Path, state_dict: M
     """Write the network's LoRA, or, if it has none, all of its weights with its config in `component`/."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    prefix = f"{component}."
-    state = {n.removeprefix(prefix): value for n, value in state_dict.items() if n.startswith(prefix)}
+    state = {name.removeprefix(f"{component}."): value for name, value in state_dict.items()}
     layers = len(adapter_layers(network))
     if not layers:
         network.save_config(folder / component)
