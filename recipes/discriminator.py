@@ -59,10 +59,27 @@ def main(config: DiscriminatorConfig):
     import json
     from pathlib import Path
 
+    from accelerate import PartialState
+
     from prefopt.diffusion.discriminating import calibrate, logits_of, train_discriminator
+    from prefopt.diffusion.tables import read_preferences
     from prefopt.evaluation.discrimination import discrimination
 
-    trainer, held_out = train_discriminator(config)
+    source: Any = {"config": config.dataset_config, "revision": config.dataset_revision}
+    with PartialState().main_process_first():  # then the others read its cache
+        training, held_out = (
+            read_preferences(str(config.dataset_name), split=split, **source)
+            for split in (config.dataset_train_split, config.dataset_test_split)
+        )
+    trainer, held_out = train_discriminator(
+        config,
+        config,
+        (training, held_out),
+        widths=config.widths,
+        spectral=config.regulariser == "spectral",
+        r1_gamma=config.r1_gamma if config.regulariser == "r1" else None,
+        revision=config.model_revision,
+    )
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     logits, ranks = logits_of(model.eval(), held_out)
     half = len(ranks) // 2  # one half calibrates, the other tests

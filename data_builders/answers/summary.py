@@ -1,6 +1,5 @@
 """What a self-critique amounts to: BUILD.json, the dataset card, and a sentence for the terminal."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,11 +7,11 @@ from pathlib import Path
 from data_builders.answers.config import SelfCritiqueConfig
 from data_builders.answers.selection import is_consistent, longer, why_no_pair
 from data_builders.engine.stages import INVALID, NOT_SELECTED, Group, Pair
+from data_builders.export.card import fact_table, table_configs, write_about
 from data_builders.export.summary import reasons
 from data_builders.export.tables import Export
 from prefopt.errors import InputError
 from prefopt.evaluation.words import percent
-from prefopt.files import reporting_write_errors, write_atomically
 from prefopt.runs import versions
 
 
@@ -163,9 +162,7 @@ def write_build(
         "identity": identities,
         "versions": versions(),
     }
-    with reporting_write_errors(folder):
-        write_atomically(folder / "BUILD.json", json.dumps(build, indent=2) + "\n")
-        write_atomically(folder / "README.md", card(config, summary, tables))
+    write_about(folder, build, card(config, summary, tables))
     said = "; ".join(f"{name}: {fact}" for name, fact in summary.facts().items())
     if not summary.pairs:
         raise InputError(
@@ -179,18 +176,13 @@ def write_build(
 def card(config: SelfCritiqueConfig, summary: Summary, tables: Mapping[str, Export]) -> str:
     """The README.md of a dataset: figures, and where its tables are."""
     rows = {"pairs": summary.pairs, "candidates": summary.answers}
-    configs = [
-        f'- config_name: {name}\n  data_files:\n  - split: train\n    path: "{name}/train-*.parquet"'
-        for name in tables
-        if rows[name]
-    ]
     adapter = f" with {config.adapter}" if config.adapter else ""
     critic, _, critic_adapter = config.critic
     return CARD.format(
-        configs="\n".join(configs),
+        configs=table_configs({name: ["train"] for name in tables if rows[name]}),
         model=f"{config.model_name_or_path}{adapter}",
         critic=f"{critic} with {critic_adapter}" if critic_adapter else critic,
-        facts="\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in summary.facts().items())]),
+        facts=fact_table(summary.facts()),
         source=f"{config.dataset_name} ({config.dataset_split})",
         reference=", beside the table's own answer" if config.with_reference else "",
         balance="; the chosen answer is the longer one in half of them" if config.balance_length else "",

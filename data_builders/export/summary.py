@@ -1,6 +1,5 @@
 """What a build amounts to: BUILD.json, the dataset card, and a sentence for the terminal."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from data_builders.engine.stages import INVALID, NOT_SELECTED, Group
+from data_builders.export.card import fact_table, table_configs, write_about
 from data_builders.export.tables import EVERYTHING, EXPORTS
 from prefopt.errors import InputError
-from prefopt.files import reporting_write_errors, write_atomically
 from prefopt.judges.rubric import Rubric
 from prefopt.runs import versions
 
@@ -172,9 +171,7 @@ def write_build(
         "identity": identities,
         "versions": versions(),
     }
-    with reporting_write_errors(folder):
-        write_atomically(folder / "BUILD.json", json.dumps(build, indent=2) + "\n")
-        write_atomically(folder / "README.md", card(settings, summary, counts, selection))
+    write_about(folder, build, card(settings, summary, counts, selection))
     made = {name: sum(by_split.values()) for name, by_split in counts.items() if name != TABLE}
     said = "; ".join(f"{name}: {fact}" for name, fact in summary.facts(counts).items())
     if not any(made.values()):
@@ -189,16 +186,10 @@ def write_build(
 def card(settings: dict, summary: Summary, counts: Mapping[str, Mapping[str, int]], selection: str) -> str:
     """The README.md of a dataset: figures, and where its tables are."""
     exports = {TABLE: EVERYTHING, **EXPORTS}
-    configs = []
-    for name, by_split in counts.items():
-        if exports[name].columns is None or not by_split:
-            continue
-        files = [f'  - split: {split}\n    path: "{name}/{split}-*.parquet"' for split in by_split]
-        configs.append(f"- config_name: {name}\n  data_files:\n" + "\n".join(files))
-    facts = ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in summary.facts(counts).items())]
+    tables = {name: by_split for name, by_split in counts.items() if exports[name].columns is not None}
     return CARD.format(
-        configs="\n".join(configs),
-        facts="\n".join(facts),
+        configs=table_configs(tables),
+        facts=fact_table(summary.facts(counts)),
         tables="\n".join(f"| `{name}` | {exports[name].about} |" for name in counts),
         model=" and ".join(settings["sources"]) or settings["model_name_or_path"],
         judge=settings["judge_url"] or settings["judge_model_name_or_path"],

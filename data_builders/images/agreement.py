@@ -4,7 +4,6 @@ The judges' passes are those of the builders of images; what they judge comes fr
 """
 
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from data_builders.engine.blocks import Images
 from data_builders.engine.passes import run_passes
 from data_builders.engine.stages import Group, Record
 from data_builders.engine.tables import CONSENSUS
+from data_builders.export.card import fact_table, table_configs, write_about
 from data_builders.export.hub import push
 from data_builders.export.summary import reasons
 from data_builders.export.tables import Export
@@ -31,7 +31,7 @@ from prefopt.diffusion.tables import Table
 from prefopt.errors import InputError
 from prefopt.evaluation.stats import win_rate
 from prefopt.evaluation.words import percent
-from prefopt.files import content_key, reporting_write_errors, write_atomically
+from prefopt.files import content_key
 from prefopt.images import open_image
 from prefopt.judges.questions import Judge
 from prefopt.judges.rubric import Rubric
@@ -256,16 +256,14 @@ class Consensus:
             "identity": {each.name: each.identity for each in self.passes},
             "versions": versions(),
         }
-        lines = ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
         card = CARD.format(
             source=self.table.source,
-            facts="\n".join(lines),
+            configs=table_configs({"pairs": ["train"]}),
+            facts=fact_table(facts),
             judges=", ".join(f"`{name}`" for name in summary.judges),
             **self.rule._asdict(),
         )
-        with reporting_write_errors(folder):
-            write_atomically(folder / "BUILD.json", json.dumps(build, indent=2) + "\n")
-            write_atomically(folder / "README.md", card)
+        write_about(folder, build, card)
         said = f"{folder}: " + "; ".join(f"{name}: {fact}" for name, fact in facts.items())
         if not summary.kept:
             raise InputError(f"no pair is left in {said}. Lower --min_agreement, or name other --judges")
@@ -299,10 +297,7 @@ class Consensus:
 
 CARD = """---
 configs:
-- config_name: pairs
-  data_files:
-  - split: train
-    path: "pairs/train-*.parquet"
+{configs}
 ---
 
 # Pairs of {source} on which judges agree with the labels

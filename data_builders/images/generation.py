@@ -59,7 +59,7 @@ class GenerateImages(ModelPass[Any]):
         """Generate the block and write it whole."""
         place = self.blocks[block]
         stages = [
-            expand(self.numbers, self.seed),
+            self.candidates,
             generate(self.model, self.generator.sampler, self.batch_size),
             in_threads(encode, threads=4, ahead=2 * self.batch_size),
             counted(bar),
@@ -67,6 +67,10 @@ class GenerateImages(ModelPass[Any]):
         rows = [{INVALID: "", **row} for row in flow(place.prompts, stages)]
         self.calls += len(rows)
         self.blocks.write(place, rows)
+
+    def candidates(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The candidates of prompts, each with its own seed."""
+        return expand(self.numbers, self.seed)(records)
 
 
 def _loaded(generator: Generator, device: Any) -> Any:

@@ -1,6 +1,5 @@
 """Graded images: each real image with those generated from its captions; from the passes to the tables."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from accelerate import PartialState
 from data_builders.engine.passes import Pass, run_passes
 from data_builders.engine.stages import INVALID, Group, Record, is_valid
 from data_builders.engine.tables import IMAGES, Columns
+from data_builders.export.card import fact_table, table_configs, write_about
 from data_builders.export.hub import push
 from data_builders.export.summary import TABLE, reasons
 from data_builders.export.tables import Export
@@ -30,7 +30,6 @@ from data_builders.images.graded_passes import (
 from data_builders.images.real import RealImages
 from data_builders.prompts.captions import CAPTIONS, REAL, caption_images
 from prefopt.errors import InputError
-from prefopt.files import reporting_write_errors, write_atomically
 from prefopt.runs import versions
 from prefopt.store import Ledger
 from prefopt.vlm.generate import Generated
@@ -94,24 +93,39 @@ def build(
         made = sum((Counter(of_one) for of_one in calls), Counter[str]())
         for blocks in (storing.blocks, *(each.blocks for each in generating)):
             blocks.clean()
-        summary = Summary(real.left_out)
-        counts = write_exports(
-            summary.counted(grade(captioned, storing.blocks, generating)),
-            folder,
-            {name: TABLES[name] for name in (TABLE, *config.exports)},
-            test_fraction=config.test_fraction,
-            max_bytes=config.shard_megabytes * 2**20,
-        )
         run = {
             "processes": state.num_processes,
             "seconds": round(perf_counter() - start, 1),
             "calls": {each.name: made[each.name] for each in passes},
         }
         identities = {each.name: each.identity for each in passes}
-        said = write_build(config, identities, summary, counts, side=side, run=run)
-        if config.push_to_hub:
-            push(folder, config.push_to_hub)
+        groups, summary = grade(captioned, storing.blocks, generating), Summary(real.left_out)
+        said = _write(config, groups, summary, identities, side=side, run=run)
     state.wait_for_everyone()
+    return said
+
+
+def _write(
+    config: Any,
+    groups: Iterable[Group],
+    summary: "Summary",
+    identities: Mapping[str, str],
+    *,
+    side: int,
+    run: Mapping[str, Any],
+) -> str:
+    """From the groups to the tables and the card, and to the hub if wanted; a sentence."""
+    folder = Path(config.output_dir)
+    counts = write_exports(
+        summary.counted(groups),
+        folder,
+        {name: TABLES[name] for name in (TABLE, *config.exports)},
+        test_fraction=config.test_fraction,
+        max_bytes=config.shard_megabytes * 2**20,
+    )
+    said = write_build(config, identities, summary, counts, side=side, run=run)
+    if config.push_to_hub:
+        push(folder, config.push_to_hub)
     return said
 
 
@@ -271,9 +285,7 @@ def write_build(
         "identity": identities,
         "versions": versions(),
     }
-    with reporting_write_errors(folder):
-        write_atomically(folder / "BUILD.json", json.dumps(build, indent=2) + "\n")
-        write_atomically(folder / "README.md", _card(config, summary, counts, side))
+    write_about(folder, build, _card(config, summary, counts, side))
     said = "; ".join(f"{name}: {fact}" for name, fact in summary.facts().items())
     if set(summary.images) <= {REAL}:
         raise InputError(f"{folder}: there is no pair ({said}). `candidates` says why each image is invalid")
@@ -281,17 +293,11 @@ def write_build(
 
 
 def _card(config: Any, summary: Summary, counts: Mapping[str, Mapping[str, int]], side: int) -> str:
-    configs = [
-        f"- config_name: {name}\n  data_files:\n"
-        + "\n".join(f'  - split: {split}\n    path: "{name}/{split}-*.parquet"' for split in by_split)
-        for name, by_split in counts.items()
-        if by_split
-    ]
     sources = [f"| {rank} | {text} |" for rank, text in enumerate([REAL, *reversed(config.sources)], start=1)]
     return CARD.format(
-        configs="\n".join(configs),
+        configs=table_configs(counts),
         model=config.model_name_or_path,
-        facts="\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in summary.facts().items())]),
+        facts=fact_table(summary.facts()),
         sources="\n".join(sources),
         side=side,
         vae=" and passed once through the model's VAE" if config.through_vae else "",

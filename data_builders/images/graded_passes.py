@@ -30,7 +30,6 @@ from data_builders.engine.stages import (
     Group,
     Pair,
     Record,
-    Stage,
     batched,
     counted,
     flow,
@@ -38,7 +37,7 @@ from data_builders.engine.stages import (
     is_valid,
     mark_invalid,
 )
-from data_builders.images.generation import GenerateImages, candidate_seed, encode, generate
+from data_builders.images.generation import GenerateImages, candidate_seed, encode
 from data_builders.images.real import RealImages
 from data_builders.prompts.captions import REAL, Source
 from prefopt.diffusion.generator import MODEL_FILE, Generator, pipeline_folder
@@ -249,20 +248,8 @@ class GenerateFromCaptions(GenerateImages):
         name = f"generating {source.name}"
         super().__init__(name, generator, [0], blocks, seed=seed, batch_size=batch_size, device=device)
 
-    def work(self, block: int, bar: tqdm) -> None:
-        """Generate the block and write it whole."""
-        place = self.blocks[block]
-        stages: list[Stage] = [
-            self._seeded,
-            generate(self.model, self.generator.sampler, self.batch_size),
-            in_threads(encode, threads=4, ahead=2 * self.batch_size),
-            counted(bar),
-        ]
-        rows = [{INVALID: "", **row} for row in flow(place.prompts, stages)]
-        self.calls += len(rows)
-        self.blocks.write(place, rows)
-
-    def _seeded(self, records: Iterable[Record]) -> Iterator[Record]:
+    def candidates(self, records: Iterable[Record]) -> Iterator[Record]:
+        """One of each, with a seed that depends on image and source."""
         for record in records:
             seed = candidate_seed(self.seed, f"{record['prompt_id']} {self.source.name}", 0)
             yield record | {"prompt": record["caption"], "candidate": 0, "seed": seed}

@@ -8,7 +8,7 @@ float32.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,6 +21,17 @@ from prefopt.diffusion.schedule import EVERYWHERE, DiscreteSchedule, Noised, Tim
 from prefopt.files import content_key
 from prefopt.losses import best_and_worst
 from prefopt.objectives import Scored
+
+
+class Denoised(NamedTuple):
+    """A batch, and what the network predicts of it."""
+
+    noised: Noised
+    prediction: Tensor  # (batch, k, C, H, W) in float32
+    latents: Tensor  # (batch, k, C, H, W), clean
+    time: Tensor  # (batch,) in [0, 1)
+    conditioning: Mapping[str, Tensor]
+    mask: Tensor | None  # (batch, k), False where there is no candidate; None: all are there
 
 
 class Denoiser(nn.Module):
@@ -70,17 +81,6 @@ class Denoiser(nn.Module):
         each candidate has of its own, (batch, k, ...). Where `mask` (batch, k) is False is no candidate: the
         network is not run, and the score is 0.
         """
-        return self.scored(*self.denoise(latents, noise, time, conditioning, mask))
-
-    def denoise(
-        self,
-        latents: Tensor,
-        noise: Tensor,
-        time: Tensor,
-        conditioning: Mapping[str, Tensor],
-        mask: Tensor | None = None,
-    ) -> tuple[Noised, Tensor]:
-        """The noised latents, and what the network predicts of the target, (batch, k, C, H, W) in float32."""
         candidates = latents.shape[1]
         noised = self.schedule.add_noise(latents, noise, time)
         there = None if mask is None else mask.flatten().nonzero().squeeze(1)
@@ -91,14 +91,14 @@ class Denoiser(nn.Module):
             {name: _chosen(value, there) for name, value in conditions.items()},
         )
         output = self.family.prediction(self.network(**inputs, return_dict=False)).float()
-        if there is None:
-            return noised, output.view_as(noised.target)
-        everywhere = noised.target.flatten(0, 1).index_copy(0, there, output)
-        return noised, everywhere.view_as(noised.target)
+        if there is not None:
+            output = noised.target.flatten(0, 1).index_copy(0, there, output)
+        prediction = output.view_as(noised.target)
+        return self.score(Denoised(noised, prediction, latents, time, conditioning, mask))
 
-    def scored(self, noised: Noised, prediction: Tensor) -> Scored:
-        """The scores of a prediction."""
-        residual = prediction - noised.target
+    def score(self, denoised: Denoised) -> Scored:
+        """The scores of what was denoised."""
+        residual = denoised.prediction - denoised.noised.target
         error = residual.square().mean(dim=(2, 3, 4))
         return Scored(-error, error, residual)
 

@@ -1,36 +1,26 @@
 """Training a discriminator: tables of real and generated images, its penalty, its calibration."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate import PartialState
 from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from prefopt.config import PreferenceConfig
 from prefopt.diffusion.config import ImageArguments
 from prefopt.diffusion.discriminator import Discriminator, latents_identity
 from prefopt.diffusion.families import family_of
 from prefopt.diffusion.latents import EncodedCandidates
 from prefopt.diffusion.sampling import load_pipeline
-from prefopt.diffusion.tables import read_preferences
+from prefopt.diffusion.tables import Table
 from prefopt.diffusion.training import encode, free
 from prefopt.losses import discriminator_loss
 from prefopt.objectives import Scored, discriminating
 from prefopt.trainer import PreferenceTrainer
 
 STEP = 0.01  # of the difference that stands for a gradient, in standard deviations of normalised latents
-
-
-class DiscriminatorOptions(Protocol):
-    """The options of recipes/discriminator.py beside those of images, datasets and the loop."""
-
-    model_revision: str | None
-    dataset_test_split: str
-    widths: list[int]
-    regulariser: str
-    r1_gamma: float
 
 
 class DiscriminatorScore:
@@ -56,18 +46,21 @@ class DiscriminatorScore:
         return Scored(logits[:, :-1], penalty=0.5 * self.r1_gamma * slope.square())
 
 
-def train_discriminator(config: Any) -> tuple[PreferenceTrainer, EncodedCandidates]:
-    """Read, encode and train; the trainer, and the encoded examples of the test split."""
-    state, tables = PartialState(), []
-    options: DiscriminatorOptions = config
-    images: ImageArguments = config
-    with state.main_process_first():
-        for split in (config.dataset_train_split, options.dataset_test_split):
-            name = str(config.dataset_name)
-            source = {"config": config.dataset_config, "revision": config.dataset_revision}
-            tables.append(read_preferences(name, split=split, **source))
-            state.print(tables[-1])
-    pipeline = load_pipeline(images.model_name_or_path, revision=options.model_revision)
+def train_discriminator(
+    config: PreferenceConfig,
+    images: ImageArguments,
+    tables: tuple[Table, Table],
+    *,
+    widths: Sequence[int],
+    spectral: bool,
+    r1_gamma: float | None,
+    revision: str | None = None,
+) -> tuple[PreferenceTrainer, EncodedCandidates]:
+    """Encode both tables and train on the first; the trainer, and the second's encoded examples.
+
+    `revision` is that of the model that `images` names, whose latents are read.
+    """
+    pipeline = load_pipeline(images.model_name_or_path, revision=revision)
     family = family_of(pipeline)
     examples, held_out = (encode(config, images, pipeline, family, table) for table in tables)
     first = examples[0, 0]
@@ -75,17 +68,17 @@ def train_discriminator(config: Any) -> tuple[PreferenceTrainer, EncodedCandidat
     model = Discriminator(
         first["latents"].shape[1],
         first["conditioning"]["embeddings"].shape[-1],
-        options.widths,
-        spectral=options.regulariser == "spectral",
+        widths,
+        spectral=spectral,
         latents=latents_identity(pipeline, family),
         base_model=images.model_name_or_path,
-        base_revision=options.model_revision,
+        base_revision=revision,
     )
     free(pipeline, family)
     trainer = PreferenceTrainer(
         model,
         config,
-        score=DiscriminatorScore(options.r1_gamma if options.regulariser == "r1" else None),
+        score=DiscriminatorScore(r1_gamma),
         objective=discriminating(),
         train_dataset=examples,
         about={"loss": "softplus(-d) of images of rank 1 and softplus(d) of the others, half each"},

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import avg_pool2d, silu
 
-from prefopt.diffusion.denoiser import Denoiser
+from prefopt.diffusion.denoiser import Denoised, Denoiser
 from prefopt.diffusion.families import Family, family_of
 from prefopt.diffusion.lora import WEIGHTS_FILE
 from prefopt.diffusion.schedule import EVERYWHERE, Times
@@ -201,34 +201,27 @@ class DiscriminatedDenoiser(Denoiser):
         self.discriminator = discriminator.requires_grad_(adversarial)
         self.window, self.adversarial = window, adversarial
 
-    def forward(
-        self,
-        latents: Tensor,
-        noise: Tensor,
-        time: Tensor,
-        conditioning: Mapping[str, Tensor],
-        mask: Tensor | None = None,
-    ) -> Scored:
+    def score(self, denoised: Denoised) -> Scored:
         """As the denoiser's, with what the discriminator says."""
-        noised, prediction = self.denoise(latents, noise, time, conditioning, mask)
-        text, share = conditioning["embeddings"].float(), self.schedule.times.share(time)
-        inside = ((self.window[0] <= share) & (share < self.window[1]))[:, None].expand(latents.shape[:2])
-        inside = inside if mask is None else inside & mask
-        clean, frozen = (
-            noised.clean(prediction),
-            {n: p.detach() for n, p in self.discriminator.named_parameters()},
+        latents, text = denoised.latents.float(), denoised.conditioning["embeddings"].float()
+        share, (low, high) = self.schedule.times.share(denoised.time), self.window
+        inside = ((low <= share) & (share < high))[:, None].expand(latents.shape[:2])
+        inside = inside if denoised.mask is None else inside & denoised.mask
+        clean, weights = (
+            denoised.noised.clean(denoised.prediction),
+            dict(self.discriminator.named_parameters()),
         )
-        logits = self._logits(clean, text, frozen)
-        scored = self.scored(noised, prediction)._replace(realism_loss=realism_loss(logits) * inside)
+        fixed = {name: weight.detach() for name, weight in weights.items()}
+        realism = realism_loss(self._logits(clean, text, fixed)) * inside
+        scored = super().score(denoised)._replace(realism_loss=realism)
         if not self.adversarial:
             return scored
-        seen = torch.cat([latents[:, :1].float(), clean.detach()], dim=1)
-        real = torch.zeros_like(seen[..., 0, 0, 0], dtype=torch.bool)
-        real[:, 0] = True
+        # The best candidate's clean latents are the real ones, in front of all predictions.
+        seen = torch.cat([latents[:, :1], clean.detach()], dim=1)
         there = torch.cat([inside.any(1, keepdim=True), inside], dim=1)
-        own = discriminator_loss(
-            self._logits(seen, text, dict(self.discriminator.named_parameters())), real, there
-        )
+        real = torch.zeros_like(there)
+        real[:, 0] = True
+        own = discriminator_loss(self._logits(seen, text, weights), real, there)
         return scored._replace(discriminator_loss=own)
 
     def _logits(self, latents: Tensor, text: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

@@ -97,6 +97,7 @@ class Bench:
             "noise": torch.from_numpy(np.stack([one.noise for one in draws])),
             "time": torch.tensor(np.array([one.time for one in draws])),
             "conditioning": conditioning,
+            "mask": torch.ones(self.batch, 2, dtype=torch.bool),
         }
         inputs = moved(inputs, self.device)
         self._train(inputs, self._reference(inputs))

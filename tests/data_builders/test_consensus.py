@@ -430,6 +430,7 @@ def test_the_pocket_s_clip_agrees_with_the_pocket_s_pairs(tmp_path):
     assert [row["p_chosen"] for row in rows] == pytest.approx(list(map(sigmoid, margins)), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_a_vlm_with_a_rubric_takes_part(tmp_path):
     """The world size is the one that the processes saw."""
     tiny.tiny_clip(tmp_path / "clip")

@@ -234,6 +234,7 @@ def test_killed_the_discriminator_is_bit_identical_too(adversarial, tmp_path):
     assert logged(whole, "discriminator/loss") == logged(folder, "discriminator/loss")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_that_accumulates(adversarial, tmp_path):
     one = {**adversarial, "gradient_accumulation_steps": 2, "output_dir": tmp_path / "one"}
     running = launch(CPO, one, tmp_path / "log-one")

@@ -1,5 +1,6 @@
 """Small random pictures, and tables of them written to folders in every format that is read."""
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -88,3 +89,8 @@ def write_ranked(folder: Path, lists: list[list[int]], ranks: list) -> str:
     rows = ranked_rows(lists, ranks)
     kind = datasets.Dataset.from_dict({"ranks": ranks}).features["ranks"]
     return write_table(folder, rows, datasets.Features({**RANKED, "ranks": kind}))
+
+
+def sha(content: bytes) -> str:
+    """The SHA-256 of an encoded picture."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,150 @@
+"""Formats of tables of images: what each row says of its images.
+
+A format is recognised by its columns, beside those of the prompt: of these whose columns are all there, the
+one with the most.
+
+| columns                                    | format                                                        |
+|--------------------------------------------|---------------------------------------------------------------|
+| chosen, rejected                           | pairs, optionally with margin, p_chosen                       |
+| images, ranks                              | ranked lists, 1 = best, equal = tie                           |
+| jpg_0, jpg_1, label_0, label_1             | Pick-a-Pic                                                    |
+| image1, image2, votes_image1, votes_image2 | votes: p_chosen is the winner's share                         |
+| image_path, rank; or human_preference      | HPDv2: lists of files with their ranks, or the preferred of 2 |
+| image, rank, prompt_id                     | ImageReward: a row for each image of a prompt                 |
+| image                                      | images to imitate; an imagefolder calls the prompt `text`     |
+
+Open-image-preferences is a `pairs` table as it stands.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from prefopt.errors import InputError
+from prefopt.records import check_p_chosen
+
+
+class Order(NamedTuple):
+    """What a row says of its images."""
+
+    columns: tuple[str, ...]  # their names: of a column, or as `images[2]` of a place in a list
+    ranks: tuple[float, ...]  # lower is better, equal is a tie
+    p_chosen: float | None = None  # how likely the better of two is the better one
+    drop: str = ""  # why the row is not used; empty if it is
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the rows of a table are read."""
+
+    columns: tuple[str, ...]  # that it is recognised by
+    images: tuple[str, ...]  # the columns that hold images, or lists of them
+    order: Callable[[Mapping[str, Any], str], Order]  # of a row and its name in errors
+    soft_labels: bool = False  # whether the order always gives p_chosen
+    lists: bool = False  # whether each of these columns holds several images
+    group: str | None = None  # the column that is equal in all rows of one example
+
+
+def _pair(row: Mapping[str, Any], where: str) -> Order:
+    margin, p_chosen = row.get("margin"), row.get("p_chosen")
+    if "p_chosen" in row:
+        check_p_chosen(p_chosen, where)
+    if margin is not None and not (isinstance(margin, Real) and math.isfinite(margin)):
+        raise InputError(f"{where} has the margin {margin!r}; a margin is a finite number")
+    if margin is not None and margin < 0:
+        raise InputError(
+            f"{where} has the margin {margin}: its rejected image scores higher than its chosen one"
+        )
+    return Order(("chosen", "rejected"), (1, 1) if margin == 0 else (1, 2), p_chosen)
+
+
+def _ranked(row: Mapping[str, Any], where: str) -> Order:
+    return _listed("images", "ranks", row, where)
+
+
+def _listed(images: str, ranks: str, row: Mapping[str, Any], where: str) -> Order:
+    names = tuple(cells_of(row, [images])) if row[images] is not None else ()
+    given = row[ranks] if row[ranks] is not None else []
+    if len(names) != len(given):
+        raise InputError(f"{where} has {len(names)} {images}, but {len(given)} {ranks}")
+    if len(names) < 2:
+        raise InputError(f"{where} has {len(names)} in its list {images}; a ranking needs two or more")
+    return Order(names, tuple(_rank(rank, where) for rank in given))
+
+
+def _rank(rank: Any, where: str) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or int(rank) < 0:
+        raise InputError(f"{where} has the rank {rank!r}; ranks are whole numbers, 1 the best")
+    return int(rank)
+
+
+def _pickapic(row: Mapping[str, Any], where: str) -> Order:
+    if not row.get("has_label", True):
+        return Order(("jpg_0", "jpg_1"), (1, 1), drop="no label")
+    labels = (row["label_0"], row["label_1"])
+    for label in labels:
+        if isinstance(label, bool) or not isinstance(label, Real) or not math.isfinite(label):
+            raise InputError(f"{where} has the label {label!r}; labels are numbers: 0, 0.5 or 1")
+    return Order(("jpg_0", "jpg_1"), (-labels[0], -labels[1]))
+
+
+def _votes(row: Mapping[str, Any], where: str) -> Order:
+    votes = (row["votes_image1"], row["votes_image2"])
+    for count in votes:
+        whole = isinstance(count, Real) and not isinstance(count, bool) and float(count).is_integer()
+        if not whole or count < 0:
+            raise InputError(f"{where} has {count!r} votes; votes are counted: 0, 1, 2, ...")
+    total = sum(votes)
+    p_chosen = max(votes) / total if total else 0.5
+    return Order(("image1", "image2"), (-votes[0], -votes[1]), p_chosen, "" if total else "no votes")
+
+
+def _hpdv2(row: Mapping[str, Any], where: str) -> Order:
+    if row.get("rank") is not None:
+        return _listed("image_path", "rank", row, where)
+    preferred = row.get("human_preference")
+    if preferred not in ([0, 1], [1, 0], [0, 0], [1, 1]):
+        raise InputError(
+            f"{where} has the human_preference {preferred!r}; it is 1 for a preferred image, else 0"
+        )
+    names = tuple(cells_of(row, ["image_path"]))
+    if len(names) != 2:
+        raise InputError(f"{where} has {len(names)} image_path, but a human_preference of 2")
+    return Order(names, (-preferred[0], -preferred[1]))
+
+
+def _image_reward(row: Mapping[str, Any], where: str) -> Order:
+    if row["prompt_id"] is None:
+        raise InputError(f"{where} has no prompt_id, which tells the images of a prompt from others")
+    return Order(("image",), (_rank(row["rank"], where),))
+
+
+FORMATS = (
+    Format(("chosen", "rejected"), ("chosen", "rejected"), _pair),
+    Format(("images", "ranks"), ("images",), _ranked, lists=True),
+    Format(("jpg_0", "jpg_1", "label_0", "label_1"), ("jpg_0", "jpg_1"), _pickapic),
+    Format(
+        ("image1", "image2", "votes_image1", "votes_image2"), ("image1", "image2"), _votes, soft_labels=True
+    ),
+    Format(("image_path", "rank"), ("image_path",), _hpdv2, lists=True),
+    Format(("image_path", "human_preference"), ("image_path",), _hpdv2, lists=True),
+    Format(("image", "rank", "prompt_id"), ("image",), _image_reward, group="prompt_id"),
+)
+
+
+def cells_of(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, dict | None]:
+    """The image cells of a row by name: `chosen`, or `images[0]`, `images[1]` of a list."""
+    cells = {}
+    for column in columns:
+        value = row[column]
+        if isinstance(value, list):
+            cells |= {f"{column}[{place}]": _cell(entry) for place, entry in enumerate(value)}
+        else:
+            cells[column] = _cell(value)
+    return cells
+
+
+def _cell(value: Any) -> dict | None:
+    return {"path": value} if isinstance(value, str) else value
