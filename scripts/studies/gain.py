@@ -14,12 +14,11 @@ after a change of the settings or the code.
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calls import ROOT, call
 from pairs import PARTS, Judged, rate
 
 from data_builders.prompts.reading import pocket_captions
@@ -27,7 +26,6 @@ from prefopt.evaluation import words
 from prefopt.pocket.world import ATTRIBUTES, parse
 from prefopt.runs import versions
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
 CLASSES = ("elephant", "giraffe")
 GUIDANCE = (2.0, 3.0, 5.0, 8.0)
@@ -106,7 +104,7 @@ class Study:
         if not (folder / "done").exists():
             options = BUILD | {"gallery": False, "output_dir": folder, "classes": CLASSES} | trial.build
             config = CONFIGS / "self_rewarding_build_pocket.yaml"
-            self._call("data_builders/self_rewarding.py", config, options)
+            call("data_builders/self_rewarding.py", options, config)
             (folder / "done").touch()
         return folder
 
@@ -120,7 +118,7 @@ class Study:
             table = build / ("sft" if kind == "sft" else "pairs")
             options = TRAINING | {"dataset_name": table, "output_dir": folder, "save_strategy": "no"}
             options |= ({} if kind == "sft" else DPO) | trial.training
-            self._call(f"recipes/{trial.recipe}.py", CONFIGS / f"self_rewarding_{kind}_pocket.yaml", options)
+            call(f"recipes/{trial.recipe}.py", options, CONFIGS / f"self_rewarding_{kind}_pocket.yaml")
             (folder / "done").touch()
         return folder
 
@@ -139,7 +137,7 @@ class Study:
                 "output_dir": self.folder / "compared",
             }
             config = CONFIGS / "self_rewarding_compare_pocket.yaml"
-            self._call("recipes/compare_text_to_image.py", config, options)
+            call("recipes/compare_text_to_image.py", options, config)
             shutil.copy(self.folder / "compared" / "summary.json", kept)
         return json.loads(kept.read_text(encoding="utf-8"))
 
@@ -158,16 +156,6 @@ class Study:
         """A folder whose name says what is changed."""
         changes = (f"{k}={'+'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items())
         return self.folder / "-".join([kind, *changes])
-
-    def _call(self, script: str, config: Path, options: dict[str, Any]) -> None:
-        command = [sys.executable, str(ROOT / script), "--config", str(config)]
-        for name, value in options.items():
-            if value is False:
-                command.append(f"--no_{name}")
-            else:
-                values = value if isinstance(value, list | tuple) else [value]
-                command += [f"--{name}", *map(str, values)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def row(name: str, trial: Trial, summary: dict) -> str:

@@ -14,8 +14,6 @@ and at the end. What is in --work is not done again.
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value, load_dataset
+from calls import call
+from datasets import Dataset, Features, Image, Value
 
 from data_builders.prompts.reading import pocket_captions
+from prefopt.records import load
 from prefopt.runs import versions
 
-ROOT = Path(__file__).resolve().parents[2]
 GUIDANCE = (1.0, 2.0, 3.0, 4.5, 6.0)
 CANDIDATES, PROMPTS, LISTS_A_STEP = 6, 240, 16
 PAIRS_A_STEP = LISTS_A_STEP * CANDIDATES // 2  # as many image passes
@@ -140,7 +139,7 @@ class Study:
     def dev_prompts(self) -> Path:
         """Captions of training scenes that the build does not have."""
         path = self.folder / "dev.txt"
-        built = set(load_dataset(str(self.data / "ranked"), split="train")["prompt"])
+        built = set(load(str(self.data / "ranked"), split="train", config=None, revision=None)["prompt"])
         texts = [text for text in pocket_captions(500) if text not in built]
         path.write_text("".join(f"{text}\n" for text in texts[:100]), encoding="utf-8")
         return path
@@ -148,8 +147,7 @@ class Study:
 
 def noisy_tables(pairs: Path) -> dict[str, Dataset]:
     """The pairs with the labels of voters who are each wrong with probability `WRONG`."""
-    rows = load_dataset(str(pairs), split="train").cast_column("chosen", Image(decode=False))
-    rows = rows.cast_column("rejected", Image(decode=False))
+    rows: list[Any] = load(str(pairs), split="train", config=None, revision=None).to_list()
     right = np.random.default_rng(0).random((len(rows), VOTES)) >= WRONG
     names = ("prompt", "chosen", "rejected")
     features = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
@@ -171,17 +169,6 @@ def noisy_tables(pairs: Path) -> dict[str, Dataset]:
         "votes": Dataset.from_list(counted, Features(of_votes)),
         "agreed": Dataset.from_list([labelled(rows[i], right[i, 0]) for i in agreed], features),
     }
-
-
-def call(script: str, options: dict[str, Any]) -> None:
-    """Run a recipe or a builder as a person does."""
-    command = [sys.executable, str(ROOT / script)]
-    for name, value in options.items():
-        values = value if isinstance(value, list | tuple) else [value]
-        command += [f"--no_{name}"] if value is False else [f"--{name}", *map(str, values)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
 def main() -> None:
