@@ -78,7 +78,7 @@ def main(
 
     from data_builders.engine.passes import from_first, processes
     from data_builders.images.build import Build
-    from data_builders.images.judging import judge_of
+    from data_builders.images.judging import discriminating_judge, judge_of
     from data_builders.images.selection import select_optimal
     from data_builders.prompts.generate import prompts_for
     from prefopt.detectors.loading import lazy_detector
@@ -97,6 +97,7 @@ def main(
         prompts=from_first(state, lambda: prompts_for(config, Path(config.output_dir), config.seed, device)),
         rubric=rubric,
         judge=judge or judge_of(config, rubric, device),
+        discriminator=discriminating_judge(config, device),
         detector=detector,
         detection_threshold=config.detection_threshold,
         select=select_optimal(threshold, soft_decides=rubric.soft_decides),

@@ -61,17 +61,18 @@ def main(config: TextToImagePairsConfig, judge: Lazy[Judge] | None = None) -> No
 
     from data_builders.engine.passes import processes
     from data_builders.images.build import Build
-    from data_builders.images.judging import judge_of
+    from data_builders.images.judging import discriminating_judge, judge_of
     from data_builders.images.selection import select_pairs
     from data_builders.prompts.reading import given_prompts, read_prompts
 
     state = processes()
-    rubric = config.weighed_rubric
+    device, rubric = torch.device(str(state.device)), config.weighed_rubric
     build = Build(
         config,
         prompts=given_prompts(read_prompts(str(config.prompts), config.num_prompts, config.seed)),
         rubric=rubric,
-        judge=judge or judge_of(config, rubric, torch.device(str(state.device))),
+        judge=judge or judge_of(config, rubric, device),
+        discriminator=discriminating_judge(config, device),
         select=select_pairs(config.pair_options),
         selection="the images of the pairs",
         names={"judge": str(config.judge_url or config.judge_model_name_or_path)},

@@ -14,7 +14,8 @@ guidance gives as well is none. You should see a table of means, and in --output
 summary.json, results.jsonl. The same command again generates nothing twice.
 
 --clip_model_name_or_path takes PickScore, too, whose score is then 100 times its cosine. --critic names a
-vision-language model, such as LLaVA-Critic, that grades how well each image shows its prompt.
+vision-language model, such as LLaVA-Critic, that grades how well each image shows its prompt;
+--judge_model_name_or_path one that answers a rubric's yes/no questions.
 """
 
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from prefopt.diffusion.generator import (
 from prefopt.errors import InputError
 from prefopt.evaluation.options import CriticOptions
 from prefopt.evaluation.systems import parse_system
+from prefopt.judges.rubric import Rubric
 from prefopt.options import check_paths_exist, option
 
 
@@ -66,6 +68,19 @@ class CompareConfig(CriticOptions, GenerationOptions):
         None,
         "CLIP or PickScore that scores: a folder, a hub id or `pocket` (the default for the model `pocket`).",
     )
+    discriminator_name_or_path: str | None = option(
+        None,
+        "Also score by a discriminator: what recipes/discriminator.py wrote, a hub id or `pocket` (default: "
+        "none).",
+    )
+    judge_model_name_or_path: str | None = option(
+        None,
+        "Also score by a judge, best one that chose no training data: a VLM, or with --rubric reward a "
+        "reward model; a folder, a hub id or `pocket` (default: none).",
+    )
+    judge_revision: str | None = option(None, "Revision of the judge on the hub.")
+    judge_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the judge.")
+    rubric: str = option("whole_prompt", "The judge's questions: a YAML file, or one of ours by name.")
     oracle: Literal["auto", "on", "off"] = option(
         "auto", "Also score by the pocket's oracle; auto: if the prompts are the pocket's."
     )
@@ -83,7 +98,11 @@ class CompareConfig(CriticOptions, GenerationOptions):
                 "leave --critic out; the pocket's images are graded by --oracle"
             )
         pocket.fill_defaults(self, [self.model_name_or_path], "prompts", "clip_model_name_or_path")
-        check_paths_exist(self, "clip_model_name_or_path")
+        check_paths_exist(
+            self, "clip_model_name_or_path", "discriminator_name_or_path", "judge_model_name_or_path"
+        )
+        if self.judge_model_name_or_path:
+            Rubric.load(self.rubric)
         if self.prompts != pocket.NAME and not Path(str(self.prompts)).is_file():
             raise InputError(f"no prompts file {self.prompts}")
         _ = self.families
@@ -128,12 +147,20 @@ class CompareConfig(CriticOptions, GenerationOptions):
 
 def main(config: CompareConfig) -> None:
     """Generate, score, compare and write the report."""
+    import torch
     from rich.console import Console
 
     from data_builders.prompts.reading import held_out_captions, lines, scenes_of
     from prefopt.evaluation.report import notes, terminal_table, write_report
-    from prefopt.evaluation.scorers import clip_scorer, critic_scorer, oracle_scorer
+    from prefopt.evaluation.scorers import (
+        clip_scorer,
+        critic_scorer,
+        discriminator_scorer,
+        judge_scorer,
+        oracle_scorer,
+    )
     from prefopt.evaluation.text_to_image import compare, processes
+    from prefopt.judges.loading import lazy_judge
 
     state = processes()
     device = str(state.device)
@@ -145,6 +172,13 @@ def main(config: CompareConfig) -> None:
     scorers = [clip_scorer(str(config.clip_model_name_or_path), device=device)]
     if config.oracle == "on" or (config.oracle == "auto" and is_pocket):
         scorers.append(oracle_scorer(device))
+    if config.discriminator_name_or_path:
+        scorers.append(discriminator_scorer(config.discriminator_name_or_path, device=device))
+    if config.judge_model_name_or_path:
+        rubric, name = Rubric.load(config.rubric), config.judge_model_name_or_path
+        loading = {"device": device, "dtype": getattr(torch, config.judge_dtype)}
+        judge = lazy_judge(name, config.judge_revision, rubric=rubric, **loading)
+        scorers.append(judge_scorer(judge, rubric, name))
     if config.critic:
         words = "image_typed" if config.critic_typed else "image_text"
         scorers.append(critic_scorer(config.lazy_critic(device, words), config.critic))

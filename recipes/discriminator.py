@@ -9,8 +9,9 @@
 rank 1 are real and all others generated. It reads the latents of the text-to-image model's VAE, so it serves
 as a term in the loss of the diffusion recipes (`--discriminator_name_or_path`), and as a judge of images
 (`--judge_model_name_or_path`). After the last step its logits are calibrated on the split `test` (scale and
-shift, after Platt), and written there: how often it prefers the real image, with a 95 % interval, and how far
-its probabilities are from the shares that are real.
+shift, after Platt), and test.json says of it: how often it prefers the real image, with a 95 % interval, the
+rank correlation with the lists' own order, and how far its probabilities are from the shares that are real.
+test.png shows lists in the discriminator's order.
 
 You should see `rewards/accuracies` rise towards 1: a discriminator on a GPU's worth of images learns fast.
 That it is near 1 is no proof that it looks at what you want: scripts/studies/shortcut.py tests it on copies.
@@ -25,6 +26,8 @@ from prefopt.config import DatasetArguments, PreferenceConfig
 from prefopt.diffusion.config import ImageArguments
 from prefopt.errors import InputError
 from prefopt.options import check_interval, check_paths_exist, option
+
+SHOWN = 8  # lists in test.png
 
 
 @dataclass
@@ -63,7 +66,8 @@ def main(config: DiscriminatorConfig):
 
     from prefopt.diffusion.discriminating import calibrate, logits_of, train_discriminator
     from prefopt.diffusion.tables import read_preferences
-    from prefopt.evaluation.discrimination import discrimination
+    from prefopt.evaluation.discrimination import discrimination, draw_strips
+    from prefopt.images import open_image
 
     source: Any = {"config": config.dataset_config, "revision": config.dataset_revision}
     with PartialState().main_process_first():  # then the others read its cache
@@ -90,6 +94,17 @@ def main(config: DiscriminatorConfig):
         figures = discrimination(logits[half:].numpy(), ranks[half:].numpy())
         Path(str(config.output_dir), "test.json").write_text(json.dumps(figures, indent=2) + "\n")
         print(json.dumps(figures, indent=2))
+        shown = slice(half, half + SHOWN)  # of those that did not calibrate
+        pictures = [
+            [
+                open_image(*held_out.table.image(index, place))
+                for place in range(int((ranks[index] > 0).sum()))
+            ]
+            for index in range(len(ranks))[shown]
+        ]
+        prompts = held_out.table.column("prompt")[shown]
+        strips = Path(str(config.output_dir), "test.png")
+        draw_strips(strips, prompts, pictures, logits[shown].numpy(), ranks[shown].numpy())
     return trainer
 
 

@@ -17,23 +17,17 @@ The same command again, after a crash or Ctrl-C, goes on where it stopped. You s
 Launch it by plain python: it launches its steps by accelerate, on --num_processes each.
 """
 
-import hashlib
-import json
-import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from prefopt import pocket
 from prefopt.cli import run
 from prefopt.diffusion.generator import GenerationOptions
 from prefopt.errors import InputError
-from prefopt.files import write_atomically
 from prefopt.options import check_interval, option
+from prefopt.steps import NONE, fill_presets, run_step
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs"
@@ -65,14 +59,9 @@ class RoundsConfig:
     def __post_init__(self) -> None:
         check_interval(self, "[1, inf)", "rounds", "num_processes")
         files = ("build", "sft", "dpo", "compare")
-        pocket.fill_defaults(self, [self.model_name_or_path], *files)
-        for name in files:
-            if getattr(self, name) == pocket.NAME:
-                setattr(self, name, str(CONFIGS / f"self_rewarding_{name}_pocket.yaml"))
-            skipped = getattr(self, name) == "none" and name in ("sft", "dpo")
-            if not skipped and not Path(getattr(self, name)).is_file():
-                raise InputError(f"--{name}: no file {getattr(self, name)}; name a YAML file of its options")
-        if getattr(self, self.next_round) == "none" and self.rounds > 1:
+        presets = {name: CONFIGS / f"self_rewarding_{name}_pocket.yaml" for name in files}
+        fill_presets(self, presets, self.model_name_or_path, may_be_none=("sft", "dpo"))
+        if getattr(self, self.next_round) == NONE and self.rounds > 1:
             raise InputError(f"--next_round {self.next_round} is not trained: --{self.next_round} is none")
 
 
@@ -85,7 +74,7 @@ def main(config: RoundsConfig) -> None:
         folder = Path(config.output_dir, f"round-{number}")
         steps = round_steps(config, folder, adapter, seed=number - 1)
         for name, command in steps.items():
-            step(name, command, folder, config.num_processes)
+            run_step(name, command, folder, config.num_processes)
         adapter = folder / config.next_round
 
 
@@ -131,7 +120,7 @@ def round_steps(
     if adapter is not None:
         start = ["--adapter_name_or_path", str(adapter)]
     data = folder / "data"
-    trained = [name for name in ("sft", "dpo") if getattr(config, name) != "none"]
+    trained = [name for name in ("sft", "dpo") if getattr(config, name) != NONE]
     tables = {"sft": data / "sft", "dpo": data / "pairs"}
     builder = [str(HERE.parent / "data_builders" / "self_rewarding.py"), "--config", str(config.build)]
     builder += [
@@ -162,34 +151,6 @@ def round_steps(
     ]
     steps["compare"] += ["--output_dir", str(folder)]
     return steps
-
-
-def step(name: str, command: list[str], folder: Path, processes: int) -> None:
-    """Run one command, unless it has already ended well with the same options."""
-    words = [*launcher(processes), *command]
-    config = command[command.index("--config") + 1]
-    key = hashlib.sha256(json.dumps([words, Path(config).read_text()]).encode()).hexdigest()
-    record = folder / f"{name}.done"
-    if record.is_file() and record.read_text() == key:
-        print(f"{folder}: {name} is done", flush=True)
-        return
-    print(f"\n{shlex.join(words)}", flush=True)
-    if code := subprocess.run(words, check=False).returncode:
-        raise InputError(
-            f"the step {name} ended with exit code {code}, its message is above; mend it and run this again"
-        )
-    write_atomically(record, key)
-
-
-def launcher(processes: int) -> list[str]:
-    """accelerate's launcher, of the Python that runs this, with its own config file if there is one."""
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--num_processes", str(processes)]
-    from accelerate.commands.config.config_args import default_config_file
-
-    if not Path(default_config_file).is_file():  # its defaults, or it warns of each
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return launch
 
 
 if __name__ == "__main__":

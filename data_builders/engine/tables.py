@@ -38,7 +38,9 @@ CANDIDATES: Columns = {
     "other_mass": ["float32"],  # the share of the judge's next token that was neither yes nor no
     "points": ["float32"],
     "hard_score": "float32",  # the sum of the points; null if invalid
-    "soft_score": "float32",  # the same sum weighed by how sure the judge is
+    "soft_score": "float32",  # the same sum weighed by how sure the judge is; with a discriminator see below
+    "judge_score": "float32",  # with a discriminator: the judge's soft score; soft_score is then minus the
+    "discriminator_score": "float32",  # mean of an image's places by both; this one is its logit of 'real'
     "boxes": [
         {"label": "string", "confidence": "float32"}
         | dict.fromkeys(("left", "top", "right", "bottom"), "float32")  # pixels
@@ -49,6 +51,7 @@ CANDIDATES: Columns = {
     "not_selected_reason": "string",  # empty if selected or invalid
     "judge": "string",
     "judge_identity": "string",
+    "discriminator_identity": "string",
     "detector": "string",
     "detector_identity": "string",
 }

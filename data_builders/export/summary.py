@@ -136,7 +136,8 @@ configs:
 
 {per_prompt} candidates of each prompt. The judge answered the rubric `{rubric}`{weights} about each of them.
 Clear answers make points, whose sum is the hard score; how sure the answers are makes the soft
-score{calibrated}. Selected: {selection}. Pairs by the rule `{pair_rule}`, from a margin of {min_margin}.
+score{calibrated}{both}.
+Selected: {selection}. Pairs by the rule `{pair_rule}`, from a margin of {min_margin}.
 Splits are by prompt.
 
 | table | what it is |
@@ -145,6 +146,11 @@ Splits are by prompt.
 
 BUILD.json has the settings, the identities of the models, and the versions.
 """
+
+
+BOTH = """ (`judge_score`).
+The discriminator {} looked at each of them, too (`discriminator_score`): the soft score in all tables
+is minus the mean of an image's places by both"""
 
 
 def write_build(
@@ -197,6 +203,9 @@ def card(settings: dict, summary: Summary, counts: Mapping[str, Mapping[str, int
         rubric=settings["rubric"],
         weights=f" ({', '.join(settings['question_weights'])})" if settings["question_weights"] else "",
         calibrated=", less what it answers about an empty image" if settings["calibrate"] else "",
+        both=BOTH.format(settings["discriminator_name_or_path"])
+        if settings["discriminator_name_or_path"]
+        else "",
         selection=selection,
         pair_rule=settings["pair_rule"],
         min_margin=settings["min_margin"],

@@ -275,7 +275,8 @@ class Consensus:
         """The rows of the pairs that are kept, in the order of the source; the summary counts all pairs."""
         columns = map(self.table.column, ("prompt", "rows", "sha256", "ranks", "p_chosen"))
         for index, (prompt, rows, hashes, ranks, label) in enumerate(zip(*columns, strict=True)):
-            scores = [[self._score(judge, prompt, sha256) for judge in self.passes] for sha256 in hashes]
+            images = [image_row(prompt, sha256) for sha256 in hashes]
+            scores = [[judge.soft_score(image) for judge in self.passes] for image in images]
             for better, worse in combinations(range(len(ranks)), 2):
                 if ranks[better] == ranks[worse]:
                     continue
@@ -287,12 +288,6 @@ class Consensus:
                         row[side] = {"bytes": self.table.image(index, place)[0], "path": None}
                         row |= {f"{side}_scores": scores[place], f"{side}_row": rows[place]}
                     yield Group([row], [], [])
-
-    @staticmethod
-    def _score(judge: JudgeImages, prompt: str, sha256: str) -> float:
-        """A judge's kept score of an image; nan if an answer is no finite number."""
-        answers = judge.answers(image_row(prompt, sha256))
-        return nan if answers is None else sum(judge.rubric.soft_points(answers).values())
 
 
 CARD = """---

@@ -4,15 +4,26 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
 
 from data_builders.engine.blocks import ImageBlocks, Images
 from data_builders.engine.passes import Pass, run_passes
-from data_builders.engine.stages import NOT_SELECTED, Group, Record, Stage, by_prompt, flow, is_valid
+from data_builders.engine.stages import (
+    NOT_SELECTED,
+    Group,
+    Record,
+    Stage,
+    by_prompt,
+    flow,
+    is_valid,
+    mark_invalid,
+)
 from data_builders.export.gallery import write_gallery
 from data_builders.export.hub import push
 from data_builders.export.summary import TABLE, Summary, write_build
@@ -22,15 +33,24 @@ from data_builders.images.config import BuilderConfig
 from data_builders.images.detection import DetectObjects
 from data_builders.images.detector_checks import check
 from data_builders.images.generation import GenerateImages
-from data_builders.images.judging import JudgeImages, open_row
-from data_builders.images.selection import pairs, rank, ranked
+from data_builders.images.judging import NOT_FINITE, JudgeImages, open_row
+from data_builders.images.selection import combine, pairs, rank, ranked
 from data_builders.prompts.reading import Prompts
 from prefopt.detectors import Box, Detector
 from prefopt.errors import InputError
 from prefopt.judges.questions import Answer, Judge
+from prefopt.judges.reward import RUBRIC as REWARD
 from prefopt.judges.rubric import Rubric
 from prefopt.loading import Lazy
 from prefopt.store import Ledger
+
+
+class Opinions(NamedTuple):
+    """The passes over finished images."""
+
+    judge: JudgeImages
+    realism: JudgeImages | None  # the discriminator's
+    detect: DetectObjects | None
 
 
 @dataclass
@@ -43,6 +63,7 @@ class Build:
     judge: Lazy[Judge]
     select: Stage  # marks the selected candidates of each prompt
     selection: str  # which those are, in words
+    discriminator: Lazy[Judge] | None = None  # that ranks beside the judge
     detector: Lazy[Detector] | None = None
     detection_threshold: float = 0.0
     names: Mapping[str, str] = field(default_factory=dict)  # what judge and detector are called
@@ -68,11 +89,23 @@ class Build:
             batch_size=config.judge_batch_size,
             calibrate=config.calibrate,
         )
+        realism = None
+        if self.discriminator is not None:
+            realism = JudgeImages(
+                self.discriminator,
+                Rubric.load(REWARD),
+                images,
+                judge.ledger,
+                batch_size=config.judge_batch_size,
+                calibrate=False,
+            )
+            realism.name = "discriminating"
         detect = None
         if self.detector is not None:
             ledger = Ledger(work, "boxes", process)
             detect = DetectObjects(self.detector, images, ledger, batch_size=config.batch_size)
-        passes: list[Pass] = [*generate, judge, *([detect] if detect else [])]
+        opinions = Opinions(judge, realism, detect)
+        passes: list[Pass] = [*generate, *filter(None, opinions)]
         calls = run_passes(passes, len(images), state, keep_resident=config.keep_resident)
         said = ""
         if state.is_main_process:
@@ -83,7 +116,7 @@ class Build:
                 "calls": {each.name: made[each.name] for each in passes},
             }
             identities = {each.name: each.identity for each in passes}
-            said = self._write(folder, images, judge, detect, facts, identities)
+            said = self._write(folder, images, opinions, facts, identities)
         state.wait_for_everyone()
         return said
 
@@ -112,8 +145,7 @@ class Build:
         self,
         folder: Path,
         images: Images,
-        judge: JudgeImages,
-        detect: DetectObjects | None,
+        opinions: Opinions,
         run: Mapping,
         identities: Mapping[str, str],
     ) -> str:
@@ -121,9 +153,9 @@ class Build:
         config, summary = self.config, Summary(self.rubric, self.prompts.left_out)
         for table in images.tables:
             table.clean()
-        for ledger in [judge.ledger, *([detect.ledger] if detect else [])]:
-            ledger.refresh()
-        groups = partial(self._groups, images, judge, detect)
+        for each in filter(None, opinions):
+            each.ledger.refresh()
+        groups = partial(self._groups, images, opinions)
 
         def counted() -> Iterator[Group]:
             for group in groups():
@@ -147,20 +179,18 @@ class Build:
             push(folder, config.push_to_hub)
         return said
 
-    def _groups(self, images: Images, judge: JudgeImages, detect: DetectObjects | None) -> Iterator[Group]:
+    def _groups(self, images: Images, opinions: Opinions) -> Iterator[Group]:
         """The candidates of each prompt, judged, ranked and selected, and their pairs."""
         rows = (
-            self._judged(row, images, judge, detect)
-            for block in range(len(images))
-            for row in images.rows(block)
+            self._judged(row, images, opinions) for block in range(len(images)) for row in images.rows(block)
         )
-        for candidates in by_prompt(flow(rows, [rank, self.select])):
+        ranking = [combine, rank] if opinions.realism else [rank]
+        for candidates in by_prompt(flow(rows, [*ranking, self.select])):
             yield Group(candidates, ranked(candidates), pairs(candidates, self.config.pair_options))
 
-    def _judged(
-        self, row: Record, images: Images, judge: JudgeImages, detect: DetectObjects | None
-    ) -> Record:
-        """A row of a block with the judge's answers and the detector's boxes."""
+    def _judged(self, row: Record, images: Images, opinions: Opinions) -> Record:
+        """A row of a block with the judge's answers, the discriminator's score and the detector's boxes."""
+        judge, realism, detect = opinions
         row = row | {
             "class": images.classes[row["prompt_id"]],
             "questions": [item.name for item in self.rubric.items],
@@ -168,12 +198,19 @@ class Build:
             "judge_identity": judge.identity,
             "detector": self.names.get("detector", ""),
             "detector_identity": detect.identity if detect else "",
+            "judge_score": None,
+            "discriminator_score": None,
+            "discriminator_identity": realism.identity if realism else "",
             "boxes": [],
             "confidence": 0.0,
             NOT_SELECTED: "",
         }
         if not is_valid(row):
             return row
+        if realism:
+            row["discriminator_score"] = realism.soft_score(row)
+            if not isfinite(row["discriminator_score"]):
+                return mark_invalid(row | {"discriminator_score": None}, NOT_FINITE)
         boxes = detect.boxes(row) if detect else []
         return judge.scored(row, self._checks(row, boxes), boxes)
 

@@ -45,11 +45,19 @@ class BuilderConfig(GenerationOptions):
     question_weights: list[str] = option(
         [], "Other weights of the rubric's questions than its own: `whole_prompt=4`."
     )
+    discriminator_name_or_path: str | None = option(
+        None,
+        "Rank by a discriminator, too: what recipes/discriminator.py wrote, a hub id or `pocket`. The soft "
+        "score is then minus the mean of an image's places by judge and by discriminator (default: the judge "
+        "alone; for a discriminator alone name it as the judge, with --rubric reward).",
+    )
     calibrate: bool = option(True, "Subtract the judge's answers about an empty image.")
 
     pair_rule: PairRule = option("best_worst", "Which ranked candidates become pairs.")
     min_margin: float = option(
-        0.0, "Smallest difference between the soft scores of a pair; with --rubric reward, in logits."
+        0.0,
+        "Smallest difference between the soft scores of a pair; with --rubric reward, in logits; with a "
+        "discriminator, in places.",
     )
     max_pairs_per_prompt: int | None = option(
         None, "Maximum pairs per prompt; those with the widest margins are kept (default: all)."
@@ -71,7 +79,7 @@ class BuilderConfig(GenerationOptions):
         check_interval(self, "[0, inf)", "min_margin")
         check_interval(self, "[2, inf)", "candidates")
         pocket.fill_defaults(self, self.models, "judge_model_name_or_path")
-        check_paths_exist(self, "adapter")
+        check_paths_exist(self, "adapter", "discriminator_name_or_path")
         if not self.judge_url:
             check_paths_exist(self, "judge_model_name_or_path")
         check_interval(self, "[0, 1)", "test_fraction")

@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from math import isfinite
+from math import isfinite, nan
 
 import torch
 from PIL import Image
@@ -14,17 +14,20 @@ from data_builders.engine.blocks import Images
 from data_builders.engine.passes import ModelPass
 from data_builders.engine.stages import Record, batched, is_valid, mark_invalid
 from data_builders.images.config import BuilderConfig
+from prefopt import pocket
 from prefopt.detectors import Box
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.judges.loading import lazy_judge
 from prefopt.judges.questions import Answer, Case, Judge, Question
+from prefopt.judges.reward import DISCRIMINATOR, reward_type
 from prefopt.judges.rubric import Rubric
 from prefopt.loading import Lazy
 from prefopt.store import Ledger
 
 EMPTY = "empty"  # stands for the pixels' hash of the empty image
 GREY = (128, 128, 128)
+NOT_FINITE = "score not finite"
 
 
 def judge_of(config: BuilderConfig, rubric: Rubric, device: torch.device) -> Lazy[Judge]:
@@ -38,6 +41,19 @@ def judge_of(config: BuilderConfig, rubric: Rubric, device: torch.device) -> Laz
         device=device,
         batch_size=config.judge_batch_size,
     )
+
+
+def discriminating_judge(config: BuilderConfig, device: torch.device) -> Lazy[Judge] | None:
+    """The discriminator that ranks beside the judge, if the options name one."""
+    if config.discriminator_name_or_path is None:
+        return None
+    name = pocket.resolve(config.discriminator_name_or_path, "discriminator")
+    if reward_type(name) != DISCRIMINATOR:
+        raise InputError(
+            f"--discriminator_name_or_path {name} is no discriminator: name what recipes/discriminator.py "
+            "wrote"
+        )
+    return lazy_judge(name, device=device, batch_size=config.judge_batch_size)
 
 
 class JudgeImages(ModelPass[Judge]):
@@ -89,6 +105,11 @@ class JudgeImages(ModelPass[Judge]):
             return None
         return {name: Answer(**entry) for name, entry in entries.items()}
 
+    def soft_score(self, row: Record) -> float:
+        """The soft score of the kept answers about an image; nan if one of them is no finite number."""
+        answers = self.answers(row)
+        return nan if answers is None else sum(self.rubric.soft_points(answers).values())
+
     def key(self, row: Record, question: Question) -> str:
         """A hash of all that an answer depends on."""
         asked = [question.type, question.text, question.options]
@@ -102,13 +123,13 @@ class JudgeImages(ModelPass[Judge]):
         answers = self.answers(row)
         empty = self.answers(empty_image(row)) if self.calibrate else {}
         if answers is None or empty is None:
-            return mark_invalid(row, "score not finite")
+            return mark_invalid(row, NOT_FINITE)
         answers |= checks
         verdicts = {name: answer.verdict for name, answer in answers.items()}
         points = self.rubric.points(verdicts)
         soft_score = sum(self.rubric.soft_points(answers, empty).values())
         if not isfinite(soft_score):
-            return mark_invalid(row, "score not finite")
+            return mark_invalid(row, NOT_FINITE)
         names = row["questions"]
         return row | {
             "verdicts": [verdicts[name] or "" for name in names],

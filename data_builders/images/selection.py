@@ -5,6 +5,9 @@ from itertools import combinations, pairwise
 from operator import itemgetter
 from typing import Literal, NamedTuple
 
+import numpy as np
+from scipy.stats import rankdata
+
 from data_builders.engine.stages import NOT_SELECTED, Pair, Record, Stage, by_prompt, is_valid
 from prefopt.judges.rubric import best
 
@@ -25,6 +28,22 @@ class PairOptions(NamedTuple):
     rule: PairRule = "best_worst"
     min_margin: float = 0.0  # pairs of less are left out
     most: int | None = None  # those with the widest margins are kept
+
+
+def combine(records: Iterable[Record]) -> Iterator[Record]:
+    """Score the candidates of each prompt by judge and discriminator at once.
+
+    Their scores have different units, so their places are averaged: 1 is the best, equals share the mean of
+    their places. The soft score is minus that average.
+    """
+    for group in by_prompt(records):
+        valid = [record for record in group if is_valid(record)]
+        columns = [[-record[name] for record in valid] for name in ("soft_score", "discriminator_score")]
+        places = iter(np.mean([rankdata(column) for column in columns], axis=0).tolist() if valid else [])
+        for record in group:
+            if is_valid(record):
+                record = record | {"judge_score": record["soft_score"], "soft_score": -next(places)}
+            yield record
 
 
 def rank(records: Iterable[Record]) -> Iterator[Record]:

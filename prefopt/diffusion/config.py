@@ -57,7 +57,7 @@ class DiscriminatorArguments:
 
     discriminator_name_or_path: str | None = option(
         None,
-        "Add a discriminator's term to the loss: a folder or hub id that recipes/discriminator.py wrote "
+        "Add a discriminator's term to the loss: what recipes/discriminator.py wrote, a hub id or `pocket` "
         "(default: none).",
     )
     discriminator_weight: float = option(0.1, "Weight of that term, softplus(-d(predicted clean latents)).")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import avg_pool2d, silu
 
+from prefopt import pocket
 from prefopt.diffusion.denoiser import Denoised, Denoiser
 from prefopt.diffusion.families import Family, family_of
 from prefopt.diffusion.lora import WEIGHTS_FILE
@@ -164,8 +165,11 @@ def latents_identity(pipeline: Any, family: Family) -> str:
 
 
 def load_discriminator(name: str, pipeline: Any = None, revision: str | None = None) -> Discriminator:
-    """A discriminator of a folder or hub id; InputError if it is broken or not of this pipeline's latents."""
-    model = load_complete(Discriminator, name, "discriminator", revision)
+    """A discriminator of a folder, a hub id or `pocket`.
+
+    InputError if it is broken, or not of this pipeline's latents.
+    """
+    model = load_complete(Discriminator, pocket.resolve(name, "discriminator"), "discriminator", revision)
     broken = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if broken:
         raise InputError(f"the discriminator {name} has values that are not finite, in {broken[0]}")

@@ -1,8 +1,13 @@
 """How well a discriminator tells real from generated images, and how far its probabilities can be trusted."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
 from scipy.special import expit
 from scipy.stats import spearmanr
 
@@ -30,6 +35,38 @@ def discrimination(logits: np.ndarray, ranks: np.ndarray) -> dict[str, Any]:
         "spearman": float(np.mean(orders)) if orders else None,
         "calibration_error": calibration_error(expit(logits[there]), ranks[there] == 1),
     }
+
+
+def draw_strips(
+    path: Path,
+    prompts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    logits: np.ndarray,
+    ranks: np.ndarray,
+) -> None:
+    """Draw each list's images in the order of their logits (n, k), the highest first, to a PNG.
+
+    Above each are its rank in the list (1 is real) and its logit; the real one has a frame.
+    """
+    rows, columns = ranks.shape
+    figure = Figure(figsize=(1.5 * columns, 1.95 * rows), layout="constrained")
+    for row, axes in enumerate(figure.subplots(rows, columns, squeeze=False)):
+        there = np.flatnonzero(ranks[row])
+        order = there[np.argsort(-logits[row, there], kind="stable")]
+        for axis in axes:
+            axis.axis("off")
+        for axis, place in zip(axes, order, strict=False):
+            real = ranks[row, place] == 1
+            axis.imshow(images[row][place])
+            axis.set_title(
+                f"{'real' if real else f'rank {ranks[row, place]}'}  {logits[row, place]:+.1f}", fontsize=8
+            )
+            if real:
+                frame = axis.add_patch(Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False))
+                frame.set(edgecolor="tab:green", linewidth=3, clip_on=False)
+        words = axes[0].text(0, 1.22, prompts[row], transform=axes[0].transAxes, fontsize=8, parse_math=False)
+        words.set_in_layout(False)  # else a long prompt would widen the first column
+    figure.savefig(path, dpi=110)
 
 
 def calibration_error(probabilities: np.ndarray, real: np.ndarray) -> float:

@@ -9,10 +9,14 @@ from typing import Any, Literal
 import numpy as np
 
 from prefopt import pocket
+from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.judges.clip import ClipScorer, clip_identity
 from prefopt.judges.critic import Readings, TextCritic, TypedCritic
 from prefopt.judges.critic_cases import ScoreCase
+from prefopt.judges.discriminator import DiscriminatorScorer, discriminator_identity
+from prefopt.judges.questions import Case, Judge
+from prefopt.judges.rubric import Rubric
 from prefopt.loading import Lazy
 from prefopt.pocket.oracle import Oracle
 
@@ -107,6 +111,52 @@ def remember_readings(readings: Readings, kept: Sequence[Mapping], replies: int 
     """
     readings.asked += replies * len(kept)
     readings.unreadable += sum(scores[""] is None for scores in kept)
+
+
+def discriminator_scorer(name: str, *, revision: str | None = None, device: Any = "cpu") -> Scorer:
+    """A discriminator's logit of 'real', for the image and its prompt."""
+    load = cache(lambda: DiscriminatorScorer(name, revision, device=device))
+    return Scorer(
+        name="discriminator",
+        title="discriminator logit",
+        about=(
+            "the logit of 'a real image of this prompt' of the discriminator "
+            f"{name}: 0 is even odds. A model that had it in its loss was paid for this number: "
+            "look whether the other scores rise with it."
+        ),
+        score=lambda images, prompts: load().rewards(list(images), list(prompts)),
+        identity=discriminator_identity(name, revision),
+    )
+
+
+def judge_scorer(judge: Lazy[Judge], rubric: Rubric, name: str) -> Scorer:
+    """A judge's soft score of a rubric, for images without a class; `name` is that of its model."""
+    load = cache(judge.load)
+    if rubric.needs_class:
+        raise InputError(f"the rubric {rubric.name} asks about {{class}}, and a comparison has prompts alone")
+
+    def score(images: Sequence[Any], prompts: Sequence[str]) -> np.ndarray:
+        asked = [rubric.questions("", prompt) for prompt in prompts]
+        cases = [Case(*case) for case in zip(images, prompts, asked, strict=True)]
+        named = [
+            {question.name: answer for question, answer in zip(case.questions, found, strict=True)}
+            for case, found in zip(cases, load().answer(cases), strict=True)
+        ]
+        return np.array([sum(rubric.soft_points(answers).values()) for answers in named])
+
+    most = sum(item.weight for item in rubric.items)
+    asks = "; ".join(f"'{item.text.strip()}'" for item in rubric.items)
+    bounds = "" if any(item.soft == "log_odds" for item in rubric.items) else f", from {-most:g} to {most:g}"
+    return Scorer(
+        name="judge",
+        title="judge's score",
+        about=(
+            f"what {name} answers to {asks}, the surer the further from 0{bounds}. It is an opinion; it is "
+            "worth most if this model chose none of the training data."
+        ),
+        score=score,
+        identity=content_key(f"{judge.identity} {rubric}"),
+    )
 
 
 def oracle_scorer(device: str = "cpu") -> Scorer:

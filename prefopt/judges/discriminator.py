@@ -7,14 +7,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from prefopt import pocket
 from prefopt.diffusion.discriminator import load_discriminator
 from prefopt.diffusion.families import family_of
 from prefopt.diffusion.latents import prepare_picture
 from prefopt.diffusion.sampling import load_pipeline
+from prefopt.files import content_key
+from prefopt.loading import files_identity
 
 
 class DiscriminatorScorer:
-    """Scores images against their prompts with a discriminator of a folder or hub id.
+    """Scores images against their prompts with a discriminator of a folder, a hub id or `pocket`.
 
     Images are encoded by the VAE, prompts by the text encoder of the model that its config.json names; if
     these are others now than it was trained on, that is an InputError.
@@ -49,3 +52,9 @@ class DiscriminatorScorer:
             text = self.family.encode_prompts(self.pipeline, list(prompts[batch]))["embeddings"]
             rewards[batch] = self.model(latents.float(), text.float()).double().cpu().numpy()
         return rewards
+
+
+def discriminator_identity(model_name_or_path: str, revision: str | None = None) -> str:
+    """What the logits depend on, from the model's files: nothing is loaded."""
+    name = pocket.resolve(str(model_name_or_path), "discriminator")
+    return content_key(f"discriminator {files_identity(name, revision)}")

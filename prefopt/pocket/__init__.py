@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from prefopt.errors import InputError
 
-Part = Literal["text_to_image", "clip", "oracle", "pairs", "yolo_world", "llava", "critic"]
+Part = Literal["text_to_image", "clip", "oracle", "pairs", "yolo_world", "llava", "critic", "discriminator"]
 
 NAME = "pocket"
 _HERE = Path(__file__).parent

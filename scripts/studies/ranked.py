@@ -7,7 +7,7 @@ The pocket generates candidates for captions of training scenes and its CLIP ran
 trains on the result, and all are compared with the base on held-out captions by the oracle, every system at
 its best guidance, chosen on other prompts than those it is counted on. `--dev` compares on training scenes in
 other words: settings are chosen there. The noisy tables are the pairs with votes that are each wrong with
-probability 1/4. The discriminator is that of runs/discriminator. Prints a line for each trial: the oracle's
+probability 1/4. The discriminator is the pocket's. Prints a line for each trial: the oracle's
 accuracy, the difference to the base's with its 95 % interval, and the chosen's denoising error at the start
 and at the end. What is in --work is not done again.
 """
@@ -38,7 +38,9 @@ TRAINING |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "s
 LISTS = {"per_device_train_batch_size": LISTS_A_STEP}
 PAIRS = {"per_device_train_batch_size": PAIRS_A_STEP}
 DPO, CPO = {"beta_dpo": 2000}, {"beta": 1000, "likelihood_weight": 1000}
-TERM = {"discriminator_name_or_path": "runs/discriminator", "discriminator_weight": 0.02}
+TERM = {"discriminator_name_or_path": "pocket", "discriminator_weight": 2.0}
+HEAVY = TERM | {"discriminator_weight": 20.0}
+KEPT = {"save_strategy": "steps", "save_steps": 50}
 WRONG, VOTES, JUDGES = 0.25, 10, 3
 
 
@@ -70,6 +72,9 @@ TRIALS = {
     ),
     "cpo_frozen": Trial(
         "cpo_lists and a frozen discriminator", "diffusion_cpo", "ranked", LISTS | CPO | TERM
+    ),
+    "cpo_heavy": Trial(
+        "cpo_frozen at ten times the weight", "diffusion_cpo", "ranked", LISTS | CPO | HEAVY | KEPT
     ),
     "cpo_adversarial": Trial(
         "cpo_lists and a discriminator that is trained along",

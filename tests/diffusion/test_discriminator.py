@@ -273,6 +273,7 @@ def test_a_discriminator_trains_by_path_and_is_tested(setting, tmp_path):
     assert running.wait() == 0, running.text()
     figures = json.loads((tmp_path / "run" / "test.json").read_text())
     assert figures["lists"] == 2 and 0 <= figures["accuracy"]["mean"] <= 1
+    assert Image.open(tmp_path / "run" / "test.png").height > 300, "two lists"
     judge = load_judge(str(tmp_path / "run"), rubric=Rubric.load("reward"))
     (question,) = Rubric.load("reward").questions("", "")
     image = Image.open(io.BytesIO(png(0))).convert("RGB")

@@ -10,16 +10,21 @@ import numpy as np
 import pytest
 import tiny
 from launching import ROOT, arguments, torchrun
+from PIL import Image
 from servers import Scripted, chat
 
 from prefopt.diffusion.generator import Generator, Sampler
 from prefopt.errors import InputError
 from prefopt.evaluation import text_to_image, words
 from prefopt.evaluation.report import write_report
-from prefopt.evaluation.scorers import Scorer
+from prefopt.evaluation.scorers import Scorer, judge_scorer
 from prefopt.evaluation.stats import paired_bootstrap, win_rate
 from prefopt.evaluation.text_to_image import compare
 from prefopt.judges.critic_cases import CRITICS, ScoreCase, Templates
+from prefopt.judges.discriminator import DiscriminatorScorer
+from prefopt.judges.questions import Answer
+from prefopt.judges.rubric import Rubric
+from prefopt.loading import Lazy
 
 RECIPE = "recipes/compare_text_to_image.py"
 PROMPTS = ["a red lion", "two <script>alert(1)</script> zebras", "snow & ice"]
@@ -305,6 +310,8 @@ def test_the_recipe_by_path_in_two_processes_gives_what_one_gives(models, tmp_pa
         (["--systems", "base", "base"], "'base' is named twice among the systems"),
         (["--critic", "./no-critic"], "no-critic"),
         (["--critic_typed"], "name the --critic, too"),
+        (["--discriminator_name_or_path", "./none"], "there is no ./none"),
+        (["--judge_model_name_or_path", "pocket", "--rubric", "mine"], "no rubric could be read from mine"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_exit_code_2(models, tmp_path, flags, message, monkeypatch, capsys):
@@ -354,6 +361,42 @@ def test_a_critic_grades_images_and_what_it_cannot_is_counted(models, tmp_path, 
 def test_a_typed_critic_of_images_has_words_for_them():
     words = Templates.load(CRITICS / "image_typed").words(ScoreCase([], "Shown?", "a <lion>"))
     assert "Question: Shown?" in words and words.endswith("is to answer: a <lion>")
+
+
+# A judge and a discriminator
+
+
+def test_a_judge_and_a_discriminator_score_beside_clip(models, tmp_path, monkeypatch, capsys):
+    """The pocket's VLM answers whether an image shows its prompt; the discriminator reads its own latents."""
+    options = tiny_comparison(models) | {"output_dir": tmp_path, "num_seeds": 1}
+    recipe(monkeypatch, *arguments(options | {"judge_model_name_or_path": "pocket"}))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    judged = [row["scores"]["judge"] for row in rows]
+    assert len(set(judged)) > 1 and all(-1 <= score <= 1 for score in judged)
+    assert "Does the picture show everything" in (tmp_path / "report.html").read_text()
+    options |= {"discriminator_name_or_path": "pocket", "output_dir": tmp_path}
+    recipe(monkeypatch, *arguments(options))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    images = [Image.open(tmp_path / row["image"]).convert("RGB") for row in rows]
+    expected = DiscriminatorScorer("pocket").rewards(images, [row["prompt"] for row in rows])
+    np.testing.assert_allclose([row["scores"]["discriminator"] for row in rows], expected, atol=1e-3)
+
+
+def test_a_judge_s_score_is_the_rubric_s_soft_score():
+    class Sure:
+        identity = "sure"
+
+        def answer(self, cases):
+            return [[Answer({"yes": 0.9, "no": 0.1}) for _ in case.questions] for case in cases]
+
+    scorer = judge_scorer(Lazy("sure", Sure), Rubric.load("whole_prompt"), "Sure")
+    assert scorer.score(["image"] * 2, ["a", "b"]) == pytest.approx([0.8, 0.8])
+    assert (
+        "from -1 to 1" in scorer.about and "Sure answers to 'Does the picture show everything" in scorer.about
+    )
+    assert scorer.identity != judge_scorer(Lazy("other", Sure), Rubric.load("whole_prompt"), "Sure").identity
+    with pytest.raises(InputError, match=r"asks about \{class\}"):
+        judge_scorer(Lazy("sure", Sure), Rubric.load("class_conditional"), "Sure")
 
 
 # Sweeps

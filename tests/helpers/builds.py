@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 
 from prefopt import store
 
@@ -74,6 +75,8 @@ def kill_at(moment: int, work: Callable, *arguments: Any) -> None:
 
 
 def _dying(moment: int, work: Callable, *arguments: Any) -> None:
+    # Torch renews its thread pool in a fork at the first use; two threads that do it at once would crash.
+    torch.set_num_threads(torch.get_num_threads())
     die_at_write(moment)
     work(*arguments)
 

@@ -21,7 +21,7 @@ from prefopt.errors import InputError
 from prefopt.pocket import world
 from prefopt.pocket.oracle import Oracle
 
-PARTS = ("text_to_image", "clip", "oracle", "pairs", "llava", "critic", "yolo_world")
+PARTS = ("text_to_image", "clip", "oracle", "pairs", "llava", "critic", "discriminator", "yolo_world")
 WEIGHTS = pocket.folder("clip").parent
 PROVENANCE = json.loads((WEIGHTS.parent / "PROVENANCE.json").read_text(encoding="utf-8"))
 BUDGET = 24_000_000

@@ -9,6 +9,7 @@ from launching import ROOT
 from running import recipe
 
 from data_builders.self_rewarding import SelfRewardingConfig
+from prefopt import steps
 from prefopt.cli import parse
 from prefopt.errors import InputError
 
@@ -106,7 +107,7 @@ def test_candidates_of_another_sampler_than_the_comparison_s_are_named(rounds, t
     assert rounds.other_sampler(rounds.RoundsConfig(**OPTIONS)) == "", "the presets"
 
 
-def test_a_step_that_ended_well_is_not_repeated_unless_it_changes(rounds, tmp_path, monkeypatch, capfd):
+def test_a_step_that_ended_well_is_not_repeated_unless_it_changes(tmp_path, monkeypatch, capfd):
     script, log = tmp_path / "script.py", tmp_path / "log"
     script.write_text(
         f"import sys; open({str(log)!r}, 'a').write(sys.argv[-1]); sys.exit(sys.argv[-1] == 'b')"
@@ -114,10 +115,10 @@ def test_a_step_that_ended_well_is_not_repeated_unless_it_changes(rounds, tmp_pa
     config = tmp_path / "options.yaml"
     config.write_text("a: 1")
     launch = [sys.executable, str(script)]
-    monkeypatch.setattr(rounds, "launcher", lambda processes: launch)
+    monkeypatch.setattr(steps, "launcher", lambda processes: launch)
 
     def run(word):
-        rounds.step("sft", ["--config", str(config), word], tmp_path, 1)
+        steps.run_step("sft", ["--config", str(config), word], tmp_path, 1)
 
     run("a")
     run("a")
