@@ -104,6 +104,7 @@ def main(
         selection=f"{selection} (from {threshold})" if threshold else "the best soft score",
         names={
             "judge": str(config.judge_url or config.judge_model_name_or_path),
+            "discriminator": config.discriminator_name_or_path or "",
             "detector": str(config.detector) if detector else "",
         },
     )

@@ -75,7 +75,10 @@ def main(config: TextToImagePairsConfig, judge: Lazy[Judge] | None = None) -> No
         discriminator=discriminating_judge(config, device),
         select=select_pairs(config.pair_options),
         selection="the images of the pairs",
-        names={"judge": str(config.judge_url or config.judge_model_name_or_path)},
+        names={
+            "judge": str(config.judge_url or config.judge_model_name_or_path),
+            "discriminator": config.discriminator_name_or_path or "",
+        },
     )
     if said := build.run(state):
         print(said)

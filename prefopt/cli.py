@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -95,9 +96,13 @@ def parse(config_class: type[Config], arguments: list[str] | None = None) -> Con
     parser.add_argument("--help-all", action="help", help="show every option, the Trainer's own included")
     parser.add_argument("--config", metavar="FILE", help="a YAML file with values for these options")
     try:
-        return parser.parse_args_and_config(
-            _with_one_config(sys.argv[1:] if arguments is None else arguments)
-        )[0]
+        config, *_, in_file, in_words = parser.parse_args_and_config(
+            _with_one_config(sys.argv[1:] if arguments is None else arguments),
+            return_remaining_strings=True,
+            separate_remaining_strings=True,
+        )
+        _refuse_unknown([*in_words, *in_file], list(parser._option_string_actions))
+        return config
     except (ValueError, OSError, TypeError, YAMLError) as error:
         if isinstance(error, InputError):
             raise
@@ -128,6 +133,21 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
         sys.exit(_say(f"error: {error}", BAD_INPUT))
     except KeyboardInterrupt as interrupt:
         sys.exit(_say(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", INTERRUPTED))
+
+
+def _refuse_unknown(words: list[str], known: list[str]) -> None:
+    """InputError for words of the command line or its file that no option took, with the nearest option."""
+    for word in words:
+        name = word.partition("=")[0]
+        if not name.startswith("--"):
+            continue
+        near = get_close_matches(name, known, n=1)
+        raise InputError(
+            f"{name} is no option; "
+            + (f"did you mean {near[0]}?" if near else "--help shows those there are")
+        )
+    if words:
+        raise InputError(f"{words[0]!r} is no option and belongs to none; an option begins with --")
 
 
 def _with_one_config(arguments: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Recipes that are several commands, one after the other: each is printed, and none is run twice."""
+"""Recipes that are several commands, one after the other: each is printed, and none is done twice."""
 
 import hashlib
 import json
@@ -7,6 +7,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from prefopt import pocket
 from prefopt.errors import InputError
@@ -31,26 +34,52 @@ def fill_presets(
             setattr(config, name, file := str(preset))
         if not Path(file).is_file():
             raise InputError(f"--{name}: no file {file}; name a YAML file of its options")
+        if not isinstance(options_of(file), dict):
+            raise InputError(f"--{name}: {file} is no YAML file of options, each a name with a value")
 
 
-def run_step(name: str, command: Sequence[str], folder: Path, processes: int) -> None:
-    """Run a script with its options, on so many processes, unless it has already ended well with the same.
+def options_of(file: str) -> Any:
+    """What a YAML file says; None if it is none."""
+    try:
+        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
 
-    A script that fails is an InputError: its own message is above.
+
+def run_steps(steps: Mapping[str, Sequence[str]], folder: Path, processes: int) -> None:
+    """Run scripts with their options, by name, each on so many processes.
+
+    A step that ended well with the same options, after the same steps, is not run again. A training's folder
+    that has checkpoints of other options is an InputError: it would go on from them. So is a script that
+    fails; its own message is above.
     """
-    words = [*launcher(processes), *command]
-    config = command[command.index("--config") + 1]
-    key = hashlib.sha256(json.dumps([words, Path(config).read_text()]).encode()).hexdigest()
-    record = folder / f"{name}.done"
-    if record.is_file() and record.read_text() == key:
-        print(f"{folder}: {name} is done", flush=True)
-        return
-    print(f"\n{shlex.join(words)}", flush=True)
-    if code := subprocess.run(words, check=False).returncode:
-        raise InputError(
-            f"the step {name} ended with exit code {code}, its message is above; mend it and run this again"
-        )
-    write_atomically(record, key)
+    keys: list[str] = []  # a step depends on all before it
+    for name, command in steps.items():
+        words = [*launcher(processes), *command]
+        options = Path(command[command.index("--config") + 1]).read_text()
+        keys.append(hashlib.sha256(json.dumps([words, options, *keys]).encode()).hexdigest())
+        done, begun = folder / f"{name}.done", folder / f"{name}.begun"
+        if _read(done) == keys[-1]:
+            print(f"{folder}: {name} is done", flush=True)
+            continue
+        if any((folder / name).glob("checkpoint-*")) and _read(begun) != keys[-1]:
+            raise InputError(
+                f"{folder / name} has checkpoints of other options or data than the step {name} has now; "
+                "delete that folder, or name another --output_dir"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(begun, keys[-1])
+        print(f"\n{shlex.join(words)}", flush=True)
+        if code := subprocess.run(words, check=False).returncode:
+            raise InputError(
+                f"the step {name} ended with exit code {code}, its message is above; mend it and run this "
+                "again"
+            )
+        write_atomically(done, keys[-1])
+
+
+def _read(record: Path) -> str:
+    return record.read_text() if record.is_file() else ""
 
 
 def launcher(processes: int) -> list[str]:

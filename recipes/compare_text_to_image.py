@@ -102,7 +102,14 @@ class CompareConfig(CriticOptions, GenerationOptions):
             self, "clip_model_name_or_path", "discriminator_name_or_path", "judge_model_name_or_path"
         )
         if self.judge_model_name_or_path:
-            Rubric.load(self.rubric)
+            rubric = Rubric.load(self.rubric)
+            if rubric.needs_class or rubric.checks:
+                raise InputError(
+                    f"--rubric {self.rubric}: it asks about {{class}} or needs a detector, and a comparison "
+                    "has images and prompts alone"
+                )
+        elif self.judge_revision or self.rubric != "whole_prompt":
+            raise InputError("--rubric, --judge_revision: name the --judge_model_name_or_path, too")
         if self.prompts != pocket.NAME and not Path(str(self.prompts)).is_file():
             raise InputError(f"no prompts file {self.prompts}")
         _ = self.families

@@ -12,8 +12,8 @@ pocket, half an hour on two cores, on ranked lists that it builds first.
 
 The same command again, after a crash or Ctrl-C, goes on where it stopped. You should see in --output_dir a
 folder for each method, and report.html: each system at its best guidance scale, by the scorers that the
-comparison's options name. Trust one that chose none of the data and is in no loss: here the discriminator is
-in one, and the judge that ranked the lists chose the data.
+comparison's options name. Trust a scorer that chose no data and is in no loss: here the discriminator is in
+one, and the CLIP that ranked the pocket's lists chose the data.
 
 Launch it by plain python: it launches its steps by accelerate, on --num_processes each.
 """
@@ -25,7 +25,7 @@ from prefopt import pocket
 from prefopt.cli import run
 from prefopt.errors import InputError
 from prefopt.options import check_interval, check_paths_exist, option
-from prefopt.steps import fill_presets, run_step
+from prefopt.steps import fill_presets, options_of, run_steps
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs"
@@ -45,16 +45,24 @@ class MethodsConfig:
     dataset_config: str | None = option(None, "Configuration of the dataset: of the hub's, or a sub-folder.")
     methods: list[str] = option(list(METHODS), f"What is trained: {', '.join(METHODS)}.")
     build: str | None = option(
-        None, "YAML file with the builder's options, without --dataset_name (default: `pocket`, its own)."
+        None,
+        "YAML file with the builder's options, in place of --dataset_name (default, for the model `pocket` "
+        "alone: its preset).",
     )
-    sft: str | None = option(None, "YAML file with the options of SFT (default: see --build).")
-    dpo: str | None = option(None, "YAML file with the options of Diffusion-DPO (default: see --build).")
-    cpo: str | None = option(None, "YAML file with the options of CPO (default: see --build).")
-    compare: str | None = option(None, "YAML file with the options of the comparison (default: see --build).")
+    sft: str | None = option(None, "YAML file with the options of SFT (default: as of --build).")
+    dpo: str | None = option(None, "YAML file with the options of Diffusion-DPO (default: as of --build).")
+    cpo: str | None = option(None, "YAML file with the options of CPO (default: as of --build).")
+    compare: str | None = option(
+        None, "YAML file with the options of the comparison (default: as of --build)."
+    )
     discriminator_name_or_path: str | None = option(
-        None, "For cpo_discriminator: a folder, a hub id or `pocket` (the default for the model `pocket`)."
+        None,
+        "The discriminator in the loss of cpo_discriminator; the comparison scores by it, too: a folder, a "
+        "hub id, or `pocket` (the default for that model).",
     )
-    discriminator_weight: float = option(0.1, "For cpo_discriminator: weight of its term in the loss.")
+    discriminator_weight: float | None = option(
+        None, "For cpo_discriminator: weight of its term in the loss (default: what the options of CPO say)."
+    )
     num_processes: int = option(1, "Processes of each step.")
     output_dir: str = option("runs/methods", "Folder for data, adapters and report.")
 
@@ -70,11 +78,18 @@ class MethodsConfig:
         if self.dataset_name is None:
             files.append("build")
             if self.model_name_or_path != pocket.NAME and self.build is None:
-                raise InputError("name a --dataset_name, or with --build the options that one is built by")
+                raise InputError("name a --dataset_name, or with --build the options of a builder")
+            if self.dataset_config is not None:
+                raise InputError("--dataset_config belongs to a --dataset_name: name that, too")
         elif self.build is not None:
             raise InputError("--build makes what --dataset_name names: leave one of them out")
         presets = {name: CONFIGS / f"diffusion_methods_{name}_pocket.yaml" for name in files}
         fill_presets(self, presets, self.model_name_or_path)
+        if self.cpo and "discriminator_name_or_path" in options_of(self.cpo):
+            raise InputError(
+                f"{self.cpo} names a discriminator, so that cpo would have one, too: name it here, with "
+                "--discriminator_name_or_path"
+            )
         if "cpo_discriminator" in self.methods:
             pocket.fill_defaults(self, [self.model_name_or_path], "discriminator_name_or_path")
         check_paths_exist(self, "dataset_name", "discriminator_name_or_path")
@@ -83,8 +98,7 @@ class MethodsConfig:
 def main(config: MethodsConfig) -> None:
     """The data, the methods, the comparison."""
     folder = Path(config.output_dir)
-    for name, command in steps_of(config, folder).items():
-        run_step(name, command, folder, config.num_processes)
+    run_steps(steps_of(config, folder), folder, config.num_processes)
 
 
 def steps_of(config: MethodsConfig, folder: Path) -> dict[str, list[str]]:
@@ -98,8 +112,10 @@ def steps_of(config: MethodsConfig, folder: Path) -> dict[str, list[str]]:
         builder = str(HERE.parent / "data_builders" / "text_to_image_pairs.py")
         steps["data"] = [builder, "--config", str(config.build), *model, "--exports", "ranked"]
         steps["data"] += ["--output_dir", str(data)]
+    weight: list[str] = []
     discriminator = ["--discriminator_name_or_path", str(config.discriminator_name_or_path)]
-    weight = ["--discriminator_weight", str(config.discriminator_weight)]
+    if config.discriminator_weight is not None:
+        weight = ["--discriminator_weight", str(config.discriminator_weight)]
     for name in config.methods:
         recipe = _recipe(name)
         steps[name] = [str(HERE / f"diffusion_{recipe}.py"), "--config", getattr(config, recipe), *model]

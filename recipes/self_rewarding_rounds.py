@@ -21,13 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from prefopt.cli import run
 from prefopt.diffusion.generator import GenerationOptions
 from prefopt.errors import InputError
 from prefopt.options import check_interval, option
-from prefopt.steps import NONE, fill_presets, run_step
+from prefopt.steps import NONE, fill_presets, options_of, run_steps
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs"
@@ -72,9 +70,7 @@ def main(config: RoundsConfig) -> None:
     adapter = None
     for number in range(1, config.rounds + 1):
         folder = Path(config.output_dir, f"round-{number}")
-        steps = round_steps(config, folder, adapter, seed=number - 1)
-        for name, command in steps.items():
-            run_step(name, command, folder, config.num_processes)
+        run_steps(round_steps(config, folder, adapter, seed=number - 1), folder, config.num_processes)
         adapter = folder / config.next_round
 
 
@@ -83,7 +79,7 @@ def other_sampler(config: RoundsConfig) -> str:
 
     What a model prefers at one guidance says little of its images at another.
     """
-    build, compare = _options(config.build), _options(config.compare)
+    build, compare = options_of(str(config.build)), options_of(str(config.compare))
     if build.get("sources"):
         return ""  # each has a sampler of its own
     said, defaults = [], GenerationOptions()
@@ -100,15 +96,6 @@ def other_sampler(config: RoundsConfig) -> str:
                 f"{', '.join(f'{value:g}' for value in compared)}"
             )
     return "; ".join(said) + ": gains may not carry over; name the same" if said else ""
-
-
-def _options(file: str | None) -> dict:
-    """What a YAML file says; the step that reads it says what is wrong with it."""
-    try:
-        options = yaml.safe_load(Path(str(file)).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return options if isinstance(options, dict) else {}
 
 
 def round_steps(

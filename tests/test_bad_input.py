@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import resource
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ from running import recipe
 from safetensors.torch import load_file
 from tiny import tiny_adapter
 
-from prefopt.cli import BAD_INPUT, run
+from data_builders.text_to_image_pairs import TextToImagePairsConfig
+from prefopt.cli import BAD_INPUT, parse, run
 from prefopt.diffusion.generator import ADAPTER_FILE
+from prefopt.errors import InputError
 
 DPO, SFT = recipe("diffusion_dpo"), recipe("diffusion_sft")
 CONFIGS = {DPO: DPO.DiffusionDPOConfig, SFT: SFT.DiffusionSFTConfig}
@@ -301,7 +304,28 @@ def test_by_path_a_missing_dataset(options, tmp_path):
 def test_by_path_an_unknown_option(options, tmp_path):
     running = launch("recipes/diffusion_sft.py", {**options, "beta_dpo": 3}, tmp_path / "log")
     assert running.wait() == 2
-    assert "--beta_dpo" in running.text() and len(running.text().splitlines()) == 1
+    assert running.text() == "error: --beta_dpo is no option; --help shows those there are\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batchsize", "3"], "--batchsize is no option; did you mean --batch_size?"),
+        (["--no_galery"], "--no_galery is no option; did you mean --no_gallery?"),
+        (["--batch_size", "3", "4"], "'4' is no option and belongs to none"),
+        (["--xyzzy=1"], "--xyzzy is no option; --help shows those there are"),
+    ],
+)
+def test_a_mistyped_option_is_answered_with_the_nearest(words, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        parse(TextToImagePairsConfig, words)
+
+
+def test_a_mistyped_key_of_a_file_is_answered_with_the_nearest_option(tmp_path):
+    config = tmp_path / "options.yaml"
+    config.write_text("batchsize: 3\n")
+    with pytest.raises(InputError, match=re.escape("--batchsize is no option; did you mean --batch_size?")):
+        parse(TextToImagePairsConfig, ["--config", str(config)])
 
 
 def fill_disk(number: int, limit: int) -> None:

@@ -38,9 +38,9 @@ CANDIDATES: Columns = {
     "other_mass": ["float32"],  # the share of the judge's next token that was neither yes nor no
     "points": ["float32"],
     "hard_score": "float32",  # the sum of the points; null if invalid
-    "soft_score": "float32",  # the same sum weighed by how sure the judge is; with a discriminator see below
-    "judge_score": "float32",  # with a discriminator: the judge's soft score; soft_score is then minus the
-    "discriminator_score": "float32",  # mean of an image's places by both; this one is its logit of 'real'
+    "soft_score": "float32",  # what ranks: the judge's, or with a discriminator minus the mean of both ranks
+    "judge_score": "float32",  # the sum of the points weighed by how sure the judge is
+    "discriminator_score": "float32",  # the logit of 'real'; null without a discriminator
     "boxes": [
         {"label": "string", "confidence": "float32"}
         | dict.fromkeys(("left", "top", "right", "bottom"), "float32")  # pixels
@@ -51,6 +51,7 @@ CANDIDATES: Columns = {
     "not_selected_reason": "string",  # empty if selected or invalid
     "judge": "string",
     "judge_identity": "string",
+    "discriminator": "string",
     "discriminator_identity": "string",
     "detector": "string",
     "detector_identity": "string",

@@ -15,6 +15,8 @@ from prefopt.runs import versions
 
 NOTHING = "no valid candidate"
 NO_CLASS = "of no class"
+# Scores and their columns; with a discriminator `soft_score` is made of ranks, whose mean says nothing.
+SCORES = {"hard": "hard_score", "soft": "judge_score", "discriminator": "discriminator_score"}
 TABLE = "candidates"  # the table that is always written
 
 
@@ -30,8 +32,8 @@ class Summary:
         self.invalid: Counter[str] = Counter()  # candidates, by reason
         self.not_selected: Counter[str] = Counter()  # candidates, by reason
         self.verdicts: dict[str, Counter[str]] = defaultdict(Counter)  # by question
-        self.scores: dict[str, list[float]] = {"hard": [], "soft": []}
-        self.selected_scores: dict[str, list[float]] = {"hard": [], "soft": []}
+        self.scores: dict[str, list[float]] = {kind: [] for kind in SCORES}
+        self.selected_scores: dict[str, list[float]] = {kind: [] for kind in SCORES}
         self.margins: list[float] = []
         self.largest_margin = 0.0  # of all prompts, pair or not
         self.detected = 0  # candidates with a box
@@ -49,9 +51,9 @@ class Summary:
         self.margins += [pair.margin for pair in group.pairs]
         judged = [row for row in rows if row["rank"] is not None]
         selected = [row for row in judged if row["selected"]]
-        for kind in self.scores:
-            self.scores[kind] += [row[f"{kind}_score"] for row in judged]
-            self.selected_scores[kind] += [row[f"{kind}_score"] for row in selected]
+        for kind, column in SCORES.items():
+            for scores, of in ((self.scores, judged), (self.selected_scores, selected)):
+                scores[kind] += [row[column] for row in of if row[column] is not None]
         soft = [row["soft_score"] for row in judged]
         self.largest_margin = max(self.largest_margin, max(soft, default=0.0) - min(soft, default=0.0))
         self.detected += sum(bool(row["boxes"]) for row in judged)
@@ -74,6 +76,7 @@ class Summary:
             **{
                 name: _mean(values[kind])
                 for kind in self.scores
+                if self.scores[kind] or kind != "discriminator"
                 for name, values in (
                     (f"mean_{kind}_score", self.scores),
                     (f"mean_{kind}_score_of_selected", self.selected_scores),
@@ -108,8 +111,12 @@ class Summary:
             "prompts with a selected image": (
                 f"{sum(self.with_selected.values())} (none: {reasons(self.without + self.left_out)})"
             ),
-            f"mean {kind} score": f"{figures[f'mean_{kind}_score']}{best}; "
-            f"of the selected images {figures[f'mean_{kind}_score_of_selected']}",
+            **{
+                f"mean {name} score": f"{figures[f'mean_{name}_score']}{most}; "
+                f"of the selected images {figures[f'mean_{name}_score_of_selected']}"
+                for name, most in ((kind, best), ("discriminator", ""))
+                if self.scores[name] or name == kind
+            },
             "not selected": reasons(self.not_selected),
             "invalid": reasons(self.invalid),
             "rows": ", ".join(f"{count} {name}" for name, count in rows.items()),
@@ -150,7 +157,7 @@ BUILD.json has the settings, the identities of the models, and the versions.
 
 BOTH = """ (`judge_score`).
 The discriminator {} looked at each of them, too (`discriminator_score`): the soft score in all tables
-is minus the mean of an image's places by both"""
+is minus the mean of an image's rank by the judge and its rank by the discriminator"""
 
 
 def write_build(

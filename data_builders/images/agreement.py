@@ -215,9 +215,8 @@ class Consensus:
                     f"--judges {other!r} and {name!r} are one model with the same questions; its vote would "
                     "be counted twice; leave one out"
                 )
-            made = JudgeImages(judge, rubric, images, self.ledger, batch_size=size, calibrate=False)
-            made.name = f"judging with {name}"
-            self.passes.append(made)
+            settings = {"batch_size": size, "calibrate": False, "name": f"judging with {name}"}
+            self.passes.append(JudgeImages(judge, rubric, images, self.ledger, **settings))
 
     def run(self) -> str:
         """Compute what is missing, each process its share; then write everything. A sentence about it.

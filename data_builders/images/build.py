@@ -49,13 +49,13 @@ class Opinions(NamedTuple):
     """The passes over finished images."""
 
     judge: JudgeImages
-    realism: JudgeImages | None  # the discriminator's
+    discriminator: JudgeImages | None
     detect: DetectObjects | None
 
 
 @dataclass
 class Build:
-    """What a build is made of; judge and detector are anything with an identity that can be loaded."""
+    """What a build is made of; what looks at images is anything with an identity that can be loaded."""
 
     config: BuilderConfig
     prompts: Prompts
@@ -66,7 +66,9 @@ class Build:
     discriminator: Lazy[Judge] | None = None  # that ranks beside the judge
     detector: Lazy[Detector] | None = None
     detection_threshold: float = 0.0
-    names: Mapping[str, str] = field(default_factory=dict)  # what judge and detector are called
+    names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what judge, discriminator and detector are called
 
     def run(self, state: PartialState) -> str:
         """Compute what is missing, each process its share; then write everything. A sentence about it.
@@ -89,22 +91,22 @@ class Build:
             batch_size=config.judge_batch_size,
             calibrate=config.calibrate,
         )
-        realism = None
+        discriminator = None
         if self.discriminator is not None:
-            realism = JudgeImages(
+            discriminator = JudgeImages(
                 self.discriminator,
                 Rubric.load(REWARD),
                 images,
                 judge.ledger,
                 batch_size=config.judge_batch_size,
                 calibrate=False,
+                name="judging with the discriminator",
             )
-            realism.name = "discriminating"
         detect = None
         if self.detector is not None:
             ledger = Ledger(work, "boxes", process)
             detect = DetectObjects(self.detector, images, ledger, batch_size=config.batch_size)
-        opinions = Opinions(judge, realism, detect)
+        opinions = Opinions(judge, discriminator, detect)
         passes: list[Pass] = [*generate, *filter(None, opinions)]
         calls = run_passes(passes, len(images), state, keep_resident=config.keep_resident)
         said = ""
@@ -184,13 +186,13 @@ class Build:
         rows = (
             self._judged(row, images, opinions) for block in range(len(images)) for row in images.rows(block)
         )
-        ranking = [combine, rank] if opinions.realism else [rank]
+        ranking = [combine, rank] if opinions.discriminator else [rank]
         for candidates in by_prompt(flow(rows, [*ranking, self.select])):
             yield Group(candidates, ranked(candidates), pairs(candidates, self.config.pair_options))
 
     def _judged(self, row: Record, images: Images, opinions: Opinions) -> Record:
         """A row of a block with the judge's answers, the discriminator's score and the detector's boxes."""
-        judge, realism, detect = opinions
+        judge, discriminator, detect = opinions
         row = row | {
             "class": images.classes[row["prompt_id"]],
             "questions": [item.name for item in self.rubric.items],
@@ -200,15 +202,16 @@ class Build:
             "detector_identity": detect.identity if detect else "",
             "judge_score": None,
             "discriminator_score": None,
-            "discriminator_identity": realism.identity if realism else "",
+            "discriminator": self.names.get("discriminator", ""),
+            "discriminator_identity": discriminator.identity if discriminator else "",
             "boxes": [],
             "confidence": 0.0,
             NOT_SELECTED: "",
         }
         if not is_valid(row):
             return row
-        if realism:
-            row["discriminator_score"] = realism.soft_score(row)
+        if discriminator:
+            row["discriminator_score"] = discriminator.soft_score(row)
             if not isfinite(row["discriminator_score"]):
                 return mark_invalid(row | {"discriminator_score": None}, NOT_FINITE)
         boxes = detect.boxes(row) if detect else []

@@ -48,16 +48,18 @@ class BuilderConfig(GenerationOptions):
     discriminator_name_or_path: str | None = option(
         None,
         "Rank by a discriminator, too: what recipes/discriminator.py wrote, a hub id or `pocket`. The soft "
-        "score is then minus the mean of an image's places by judge and by discriminator (default: the judge "
-        "alone; for a discriminator alone name it as the judge, with --rubric reward).",
+        "score is then minus the mean of an image's two ranks, by the judge and by the discriminator; hard "
+        "scores stay the judge's. (Default: the judge alone; for a discriminator alone name it as the judge, "
+        "with --rubric reward.)",
     )
+    discriminator_revision: str | None = option(None, "Revision of the discriminator on the hub.")
     calibrate: bool = option(True, "Subtract the judge's answers about an empty image.")
 
     pair_rule: PairRule = option("best_worst", "Which ranked candidates become pairs.")
     min_margin: float = option(
         0.0,
         "Smallest difference between the soft scores of a pair; with --rubric reward, in logits; with a "
-        "discriminator, in places.",
+        "discriminator, in ranks.",
     )
     max_pairs_per_prompt: int | None = option(
         None, "Maximum pairs per prompt; those with the widest margins are kept (default: all)."

@@ -16,6 +16,7 @@ from data_builders.engine.stages import Record, batched, is_valid, mark_invalid
 from data_builders.images.config import BuilderConfig
 from prefopt import pocket
 from prefopt.detectors import Box
+from prefopt.diffusion.discriminator import load_discriminator
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.judges.loading import lazy_judge
@@ -48,18 +49,15 @@ def discriminating_judge(config: BuilderConfig, device: torch.device) -> Lazy[Ju
     if config.discriminator_name_or_path is None:
         return None
     name = pocket.resolve(config.discriminator_name_or_path, "discriminator")
-    if reward_type(name) != DISCRIMINATOR:
-        raise InputError(
-            f"--discriminator_name_or_path {name} is no discriminator: name what recipes/discriminator.py "
-            "wrote"
-        )
-    return lazy_judge(name, device=device, batch_size=config.judge_batch_size)
+    if reward_type(name, config.discriminator_revision) != DISCRIMINATOR:
+        load_discriminator(name, revision=config.discriminator_revision)  # says what is wrong with it
+    return lazy_judge(name, config.discriminator_revision, device=device, batch_size=config.judge_batch_size)
 
 
 class JudgeImages(ModelPass[Judge]):
     """Asks a judge the rubric's questions about every candidate, and about an empty image of each prompt."""
 
-    name, unit = "judging", "image"
+    unit = "image"
 
     def __init__(
         self,
@@ -70,8 +68,10 @@ class JudgeImages(ModelPass[Judge]):
         *,
         batch_size: int,
         calibrate: bool,
+        name: str = "judging",
     ):
         super().__init__(judge)
+        self.name = name
         self.rubric, self.images, self.ledger = rubric, images, ledger
         self.batch_size, self.calibrate = batch_size, calibrate
         if rubric.needs_class and not all(images.classes.values()):
@@ -139,6 +139,7 @@ class JudgeImages(ModelPass[Judge]):
             "points": [points[name] for name in names],
             "hard_score": sum(points.values()),
             "soft_score": soft_score,
+            "judge_score": soft_score,
             "boxes": [box._asdict() for box in boxes],
             "confidence": max((box.confidence for box in boxes), default=0.0),
         }

@@ -33,16 +33,16 @@ class PairOptions(NamedTuple):
 def combine(records: Iterable[Record]) -> Iterator[Record]:
     """Score the candidates of each prompt by judge and discriminator at once.
 
-    Their scores have different units, so their places are averaged: 1 is the best, equals share the mean of
-    their places. The soft score is minus that average.
+    Their scores have different units, so ranks are averaged: 1 is the best, equals share the mean of theirs.
+    The soft score is minus that average.
     """
     for group in by_prompt(records):
         valid = [record for record in group if is_valid(record)]
-        columns = [[-record[name] for record in valid] for name in ("soft_score", "discriminator_score")]
-        places = iter(np.mean([rankdata(column) for column in columns], axis=0).tolist() if valid else [])
+        columns = [[-record[name] for record in valid] for name in ("judge_score", "discriminator_score")]
+        ranks = iter(np.mean([rankdata(column) for column in columns], axis=0).tolist() if valid else [])
         for record in group:
             if is_valid(record):
-                record = record | {"judge_score": record["soft_score"], "soft_score": -next(places)}
+                record = record | {"soft_score": -next(ranks)}
             yield record
 
 

@@ -1,5 +1,6 @@
 """How well a discriminator tells real from generated images, and how far its probabilities can be trusted."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,23 +50,23 @@ def draw_strips(
     Above each are its rank in the list (1 is real) and its logit; the real one has a frame.
     """
     rows, columns = ranks.shape
-    figure = Figure(figsize=(1.5 * columns, 1.95 * rows), layout="constrained")
-    for row, axes in enumerate(figure.subplots(rows, columns, squeeze=False)):
+    figure = Figure(figsize=(1.5 * columns, 2.1 * rows), layout="constrained")
+    for row, strip in enumerate(np.atleast_1d(figure.subfigures(rows, 1))):
+        prompt = textwrap.shorten(prompts[row], 22 * columns, placeholder=" ...")
+        strip.suptitle(prompt, x=0.02, ha="left", fontsize=8, parse_math=False)
         there = np.flatnonzero(ranks[row])
         order = there[np.argsort(-logits[row, there], kind="stable")]
+        axes = strip.subplots(1, columns, squeeze=False)[0]
         for axis in axes:
             axis.axis("off")
         for axis, place in zip(axes, order, strict=False):
             real = ranks[row, place] == 1
             axis.imshow(images[row][place])
-            axis.set_title(
-                f"{'real' if real else f'rank {ranks[row, place]}'}  {logits[row, place]:+.1f}", fontsize=8
-            )
+            name = "real" if real else f"rank {ranks[row, place]}"
+            axis.set_title(f"{name}  {logits[row, place]:+.1f}", fontsize=8)
             if real:
                 frame = axis.add_patch(Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False))
                 frame.set(edgecolor="tab:green", linewidth=3, clip_on=False)
-        words = axes[0].text(0, 1.22, prompts[row], transform=axes[0].transAxes, fontsize=8, parse_math=False)
-        words.set_in_layout(False)  # else a long prompt would widen the first column
     figure.savefig(path, dpi=110)
 
 

@@ -3,19 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from prefopt import pocket
-from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.judges.clip import ClipScorer, clip_identity
 from prefopt.judges.critic import Readings, TextCritic, TypedCritic
 from prefopt.judges.critic_cases import ScoreCase
 from prefopt.judges.discriminator import DiscriminatorScorer, discriminator_identity
-from prefopt.judges.questions import Case, Judge
+from prefopt.judges.questions import Answer, Case, Judge
 from prefopt.judges.rubric import Rubric
 from prefopt.loading import Lazy
 from prefopt.pocket.oracle import Oracle
@@ -47,6 +47,7 @@ class Scorer:
     at_once: int = 64  # outputs between two writes of what is kept
     needs_images: bool = True
     remember: Callable[[Sequence[Mapping]], None] | None = None  # told what is kept, before it scores more
+    release: Callable[[], object] = lambda: None  # frees the model
 
     def metric(self, part: str) -> str:
         """The name of a part's scores."""
@@ -82,6 +83,7 @@ def clip_scorer(model_name_or_path: str, *, revision: str | None = None, device:
         ),
         score=lambda images, prompts: load()(images, prompts),
         identity=clip_identity(model_name_or_path, revision),
+        release=load.cache_clear,
     )
 
 
@@ -101,6 +103,7 @@ def critic_scorer(critic: Lazy[AnyCritic], name: str) -> Scorer:
         identity=content_key(f"{critic.identity} {SHOWS}"),
         at_once=16,
         remember=lambda kept: remember_readings(load().readings, kept),
+        release=load.cache_clear,
     )
 
 
@@ -121,28 +124,30 @@ def discriminator_scorer(name: str, *, revision: str | None = None, device: Any 
         title="discriminator logit",
         about=(
             "the logit of 'a real image of this prompt' of the discriminator "
-            f"{name}: 0 is even odds. A model that had it in its loss was paid for this number: "
+            f"{name}: 0 is even odds. A model that had it in its loss was trained to raise this number: "
             "look whether the other scores rise with it."
         ),
         score=lambda images, prompts: load().rewards(list(images), list(prompts)),
         identity=discriminator_identity(name, revision),
+        release=load.cache_clear,
     )
 
 
 def judge_scorer(judge: Lazy[Judge], rubric: Rubric, name: str) -> Scorer:
-    """A judge's soft score of a rubric, for images without a class; `name` is that of its model."""
-    load = cache(judge.load)
-    if rubric.needs_class:
-        raise InputError(f"the rubric {rubric.name} asks about {{class}}, and a comparison has prompts alone")
+    """A judge's soft score of a rubric, for images without a class; `name` is that of its model.
 
-    def score(images: Sequence[Any], prompts: Sequence[str]) -> np.ndarray:
+    None where no answer is clear.
+    """
+    load = cache(judge.load)
+
+    def score(images: Sequence[Any], prompts: Sequence[str]) -> list[float | None]:
         asked = [rubric.questions("", prompt) for prompt in prompts]
         cases = [Case(*case) for case in zip(images, prompts, asked, strict=True)]
         named = [
             {question.name: answer for question, answer in zip(case.questions, found, strict=True)}
             for case, found in zip(cases, load().answer(cases), strict=True)
         ]
-        return np.array([sum(rubric.soft_points(answers).values()) for answers in named])
+        return [_soft_score(rubric, answers) for answers in named]
 
     most = sum(item.weight for item in rubric.items)
     asks = "; ".join(f"'{item.text.strip()}'" for item in rubric.items)
@@ -151,12 +156,21 @@ def judge_scorer(judge: Lazy[Judge], rubric: Rubric, name: str) -> Scorer:
         name="judge",
         title="judge's score",
         about=(
-            f"what {name} answers to {asks}, the surer the further from 0{bounds}. It is an opinion; it is "
-            "worth most if this model chose none of the training data."
+            f"what {name} answers to {asks}: above 0 is yes, below is no{bounds}. It is an opinion, worth "
+            "most if this model chose none of the training data."
         ),
         score=score,
         identity=content_key(f"{judge.identity} {rubric}"),
+        release=load.cache_clear,
     )
+
+
+def _soft_score(rubric: Rubric, answers: Mapping[str, Answer]) -> float | None:
+    if not all(isfinite(p) for answer in answers.values() for p in answer.probabilities.values()):
+        return nan  # kept_scores says who failed
+    if all(answer.verdict is None for answer in answers.values()):
+        return None
+    return sum(rubric.soft_points(answers).values())
 
 
 def oracle_scorer(device: str = "cpu") -> Scorer:

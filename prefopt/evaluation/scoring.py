@@ -47,6 +47,7 @@ def kept_scores(
         if scorer.identity is not None:
             ledger.add({entries[key]: scores for key, scores in new.items()})
         found |= new
+    scorer.release()  # the next scorer's model may need its memory
     return found
 
 

@@ -33,12 +33,14 @@ class DiscriminatorScorer:
     ):
         name = model_name_or_path
         config: Any = load_discriminator(name, revision=revision).config
-        self.pipeline = load_pipeline(config["base_model"], revision=config["base_revision"], device=device)
+        self.pipeline = load_pipeline(config["base_model"], revision=config["base_revision"])
         model: Any = load_discriminator(name, self.pipeline, revision)
         self.model = model.eval().to(device)
         self.family, self.batch_size = family_of(self.pipeline), batch_size
         network: Any = self.family.network(self.pipeline)
         self.resolution = network.config["sample_size"] * self.pipeline.vae_scale_factor
+        setattr(self.pipeline, self.family.component, None)  # it generates nothing
+        self.pipeline.to(device)
 
     @torch.no_grad()
     def rewards(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:

@@ -5,24 +5,26 @@
 
 The pocket generates candidates for captions of training scenes and its CLIP ranks them; each of `TRIALS`
 trains on the result, and all are compared with the base on held-out captions by the oracle, every system at
-its best guidance, chosen on other prompts than those it is counted on. `--dev` compares on training scenes in
-other words: settings are chosen there. The noisy tables are the pairs with votes that are each wrong with
-probability 1/4. The discriminator is the pocket's. Prints a line for each trial: the oracle's
-accuracy, the difference to the base's with its 95 % interval, and the chosen's denoising error at the start
-and at the end. What is in --work is not done again.
+its best guidance, chosen on other prompts than those it is counted on. The noisy tables are the pairs with
+votes that are each wrong with probability 1/4. The discriminator is the pocket's. Prints a line for each
+trial and, of all trials, writes docs/ranked.md, with a figure of the discriminator's score and the oracle's
+over training.
+`--dev` compares on training scenes in other words: settings are chosen there. What is in --work is not done
+again.
 """
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from calls import call
+from calls import ROOT, call
 from datasets import Dataset, Features, Image, Value
+from ranked_page import EQUAL, row, write_page
 
 from data_builders.prompts.reading import pocket_captions
 from prefopt.records import load
@@ -40,8 +42,9 @@ PAIRS = {"per_device_train_batch_size": PAIRS_A_STEP}
 DPO, CPO = {"beta_dpo": 2000}, {"beta": 1000, "likelihood_weight": 1000}
 TERM = {"discriminator_name_or_path": "pocket", "discriminator_weight": 2.0}
 HEAVY = TERM | {"discriminator_weight": 20.0}
-KEPT = {"save_strategy": "steps", "save_steps": 50}
+KEPT = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 9}  # for the curves
 WRONG, VOTES, JUDGES = 0.25, 10, 3
+CURVES = ("cpo_lists", "cpo_heavy")  # the trials whose checkpoints are compared
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,11 @@ class Trial:
     recipe: str
     table: str
     options: dict[str, Any] = field(default_factory=dict)
-    noisy: bool = False  # part of the study of noisy labels
+
+    @property
+    def key(self) -> str:
+        """All that its training depends on but the build."""
+        return json.dumps([self.recipe, self.table, TRAINING | self.options])
 
 
 TRIALS = {
@@ -63,7 +70,7 @@ TRIALS = {
         "DPO on lists, Plackett-Luce", "diffusion_dpo", "ranked", LISTS | DPO | {"list_loss": "plackett_luce"}
     ),
     "cpo_pairs": Trial("CPO on pairs", "diffusion_cpo", "pairs", PAIRS | CPO),
-    "cpo_lists": Trial("CPO on lists, every two of a list", "diffusion_cpo", "ranked", LISTS | CPO),
+    "cpo_lists": Trial("CPO on lists, every two of a list", "diffusion_cpo", "ranked", LISTS | CPO | KEPT),
     "cpo_ranking": Trial(
         "CPO on lists, Plackett-Luce", "diffusion_cpo", "ranked", LISTS | CPO | {"list_loss": "plackett_luce"}
     ),
@@ -85,10 +92,10 @@ TRIALS = {
     "dpo_guarded": Trial(
         "dpo_pairs with the winner guard", "diffusion_dpo", "pairs", PAIRS | DPO | {"winner_guard": 0.2}
     ),
-    "noisy_all": Trial("all pairs, a quarter flipped", "diffusion_dpo", "flipped", PAIRS | DPO, True),
-    "noisy_soft": Trial(f"soft labels of {VOTES} noisy votes", "diffusion_dpo", "votes", PAIRS | DPO, True),
+    "noisy_all": Trial("all pairs, a quarter flipped", "diffusion_dpo", "flipped", PAIRS | DPO),
+    "noisy_soft": Trial(f"soft labels of {VOTES} noisy votes", "diffusion_dpo", "votes", PAIRS | DPO),
     "noisy_agreed": Trial(
-        f"the pairs on which {JUDGES} noisy votes agree", "diffusion_dpo", "agreed", PAIRS | DPO, True
+        f"the pairs on which {JUDGES} noisy votes agree", "diffusion_dpo", "agreed", PAIRS | DPO
     ),
 }
 
@@ -123,22 +130,47 @@ class Study:
     def adapter(self, name: str, trial: Trial) -> Path:
         """The folder of a trial's trained adapter."""
         folder = self.folder / name
-        if not (folder / "done").exists():
+        done, key = folder / "done", trial.key
+        if not done.exists():
             options = (
                 TRAINING | {"dataset_name": self.data / trial.table, "output_dir": folder} | trial.options
             )
             call(f"recipes/{trial.recipe}.py", options | {"cache_dir": self.folder / "cache"})
-            (folder / "done").touch()
+            done.write_text(key, encoding="utf-8")
+        if done.read_text(encoding="utf-8") != key:
+            raise SystemExit(f"{folder} was trained with other options than {name} has now: delete it")
         return folder
 
     def compare(self, names: Iterable[str], prompts: Path | None, output: Path) -> dict[str, Any]:
         """Every system at every guidance; the comparison's summary."""
-        adapters = [f"{name}={self.folder / name}" for name in names]
-        options: dict[str, Any] = {"systems": ["base", *adapters], "guidance_scales": GUIDANCE}
+        systems = ["base", *(f"{name}={self.folder / name}" for name in names)]
+        call("recipes/compare_text_to_image.py", self._comparison(systems, GUIDANCE, prompts, output))
+        return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+
+    @staticmethod
+    def _comparison(
+        systems: list[str], guidance: Sequence[float], prompts: Path | None, output: Path
+    ) -> dict[str, Any]:
+        options: dict[str, Any] = {"systems": systems, "guidance_scales": guidance, "output_dir": output}
         options |= {"num_inference_steps": 20, "num_prompts": 100, "num_seeds": 2, "batch_size": 200}
-        options |= {"oracle": "on", "output_dir": output, "shown": 8}
-        options |= {"prompts": prompts, "seed": 500} if prompts else {}
-        call("recipes/compare_text_to_image.py", options)
+        options |= {
+            "oracle": "on",
+            "discriminator_name_or_path": "pocket",
+            "judge_model_name_or_path": "pocket",
+        }
+        return options | {"oracle": "on", "shown": 8} | ({"prompts": prompts, "seed": 500} if prompts else {})
+
+    def hacking(self) -> dict[str, Any]:
+        """The checkpoints of `CURVES`, on training scenes in other words."""
+        systems = ["base"]
+        for name in CURVES:
+            kept = (self.folder / name).glob("checkpoint-*")
+            steps = {int(path.name.partition("-")[2]): path for path in kept}
+            systems += [f"{name}-{step}={path}" for step, path in sorted(steps.items())]
+        output = self.folder / "hacking"
+        call(
+            "recipes/compare_text_to_image.py", self._comparison(systems, [EQUAL], self.dev_prompts(), output)
+        )
         return json.loads((output / "summary.json").read_text(encoding="utf-8"))
 
     def dev_prompts(self) -> Path:
@@ -194,30 +226,24 @@ def main() -> None:
     prompts = study.dev_prompts() if options.dev else None
     output = options.work / ("compared-dev" if options.dev else "compared")
     summary = study.compare(options.only, prompts, output)
-    for line in rows_of(options.work, summary):
-        print(line)
+    rows = [row(name, TRIALS[name].why, study.folder / name, summary) for name in options.only]
+    print(*rows, sep="\n")
+    if not options.dev and options.only == list(TRIALS):
+        facts = {
+            "training": told(TRAINING),
+            "build": told(BUILD),
+            "wrong": WRONG,
+            "images": summary["prompts"] * summary["seeds"],
+            "prompts": summary["prompts"],
+            "seeds": summary["seeds"],
+            "guidance": ", ".join(f"{scale:g}" for scale in GUIDANCE),
+        }
+        write_page(ROOT / "docs", rows, summary, study.hacking(), facts)
 
 
-def rows_of(work: Path, summary: dict[str, Any]) -> list[str]:
-    """A line for each trial: the oracle's accuracy at its best guidance, the difference to the base's."""
-    lines = []
-    for contrast in summary["best"]["contrasts"]:
-        if contrast["against"] != "base" and contrast["system"] != "base":
-            continue
-        name = contrast["system"]
-        metrics = contrast["metrics"]["oracle/all"]
-        low, high = (100 * metrics["difference"][end] for end in ("low", "high"))
-        gain = f"{100 * metrics['difference']['mean']:+.1f} ({low:.1f} to {high:.1f})"
-        lines.append(f"| {name} | {100 * metrics['mean']:.1f} % | {gain} | {errors_of(work / name)} |")
-    return lines
-
-
-def errors_of(run: Path) -> str:
-    """The chosen's denoising error in the first and the last fifth of a run."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    errors = [row["error/chosen"] for row in metrics if "error/chosen" in row]
-    fifth = max(1, len(errors) // 5)
-    return f"{np.mean(errors[:fifth]):.4f} to {np.mean(errors[-fifth:]):.4f}"
+def told(options: dict[str, Any]) -> str:
+    """Options in words."""
+    return ", ".join(f"`{name}: {value}`" for name, value in options.items())
 
 
 if __name__ == "__main__":

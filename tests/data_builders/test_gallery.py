@@ -51,6 +51,7 @@ def candidate(scene, place, answers="", *, rank=None, selected=False, reason="",
         "points": points,
         "hard_score": sum(points),
         "soft_score": 0.7 * sum(points),
+        "judge_score": 0.7 * sum(points),
     }
     generated = {"seed": int(content_key(f"{prompt} {place}")[:8], 16), "candidate": place, "model": "pocket"}
     generated |= {"detector": "pocket"}

@@ -12,6 +12,7 @@ from data_builders.images.selection import (
     LOWER,
     UNDETECTED,
     PairOptions,
+    combine,
     pairs,
     rank,
     ranked,
@@ -194,3 +195,22 @@ def test_colours_are_seen_on_crops_of_the_world():
 
 
 COLOURS = ("red", "yellow", "green", "blue", "purple", "pink")
+
+
+# Judge and discriminator
+
+
+def test_two_rankings_are_averaged_rank_by_rank_whatever_their_units():
+    records = candidates([(0, 0, 0), None, (0, 0, 0), (0, 0, 0), (0, 0, 0)])
+    judge, discriminator = [40.0, None, 30.0, 30.0, -5.0], [-1.0, None, 2.0, 2.0, 9.0]
+    for record, *scores in zip(records, judge, discriminator, strict=True):
+        record["judge_score"], record["discriminator_score"] = scores
+    group = list(flow(records, [combine, rank]))
+    # Ranks by the judge 1, 2.5, 2.5, 4; by the discriminator 4, 2.5, 2.5, 1.
+    assert [row.get("soft_score") for row in group] == [-2.5, None, -2.5, -2.5, -2.5]
+    assert [row["rank"] for row in group] == [1, None, 1, 1, 1]
+    assert pairs(group, PairOptions("all")) == [], "they contradict each other: nothing is preferred"
+    group[4]["discriminator_score"] = -20.0
+    again = list(flow(group, [combine, rank]))
+    assert [row["rank"] for row in again] == [1, None, 1, 1, 4], "now both find it the worst"
+    assert [pair.margin for pair in pairs(again, PairOptions("all"))] == [2.0, 2.0, 2.0]

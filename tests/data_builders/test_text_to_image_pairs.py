@@ -55,7 +55,7 @@ def redness(records):
             with Image.open(io.BytesIO(record["image"]["bytes"])) as image:
                 red, _, blue = image.getpixel((0, 0))
             assert record["prompt"] == f"blue {blue}"
-            record = record | {"hard_score": 1.0, "soft_score": float(red)}
+            record = record | {"hard_score": 1.0, "soft_score": float(red), "judge_score": float(red)}
         yield record
 
 

@@ -28,7 +28,8 @@ from prefopt.diffusion.generator import ADAPTER_FILE
 from prefopt.diffusion.lora import WEIGHTS_FILE
 from prefopt.diffusion.sampling import load_pipeline
 from prefopt.errors import InputError
-from prefopt.evaluation.discrimination import calibration_error, discrimination
+from prefopt.evaluation import discrimination as discrimination_module
+from prefopt.evaluation.discrimination import calibration_error, discrimination, draw_strips
 from prefopt.judges.loading import load_judge
 from prefopt.judges.questions import Case
 from prefopt.judges.rubric import Rubric
@@ -273,7 +274,7 @@ def test_a_discriminator_trains_by_path_and_is_tested(setting, tmp_path):
     assert running.wait() == 0, running.text()
     figures = json.loads((tmp_path / "run" / "test.json").read_text())
     assert figures["lists"] == 2 and 0 <= figures["accuracy"]["mean"] <= 1
-    assert Image.open(tmp_path / "run" / "test.png").height > 300, "two lists"
+    assert (tmp_path / "run" / "test.png").exists()
     judge = load_judge(str(tmp_path / "run"), rubric=Rubric.load("reward"))
     (question,) = Rubric.load("reward").questions("", "")
     image = Image.open(io.BytesIO(png(0))).convert("RGB")
@@ -293,3 +294,21 @@ def test_figures_of_a_discriminator_by_hand():
     sure = calibration_error(np.array([0.95, 0.95, 0.05, 0.05]), np.array([True, True, False, False]))
     assert sure == pytest.approx(0.05)
     assert calibration_error(np.array([0.95, 0.95]), np.array([True, False])) == pytest.approx(0.45)
+
+
+def test_strips_show_the_images_by_their_logits_with_the_real_one_framed(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        discrimination_module.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure)
+    )
+    images = [[Image.new("RGB", (8, 8), (10 * i + j, 0, 0)) for j in range(3)] for i in range(2)]
+    logits = np.array([[1.0, 3.0, 2.0], [5.0, -1.0, 9.0]])
+    ranks = np.array([[1, 2, 3], [1, 2, 0]])
+    draw_strips(tmp_path / "strips.png", ["a $x$ <lion>", "word " * 99], images, logits, ranks)
+    (figure,) = drawn
+    first, second = figure.subfigs
+    assert first.get_suptitle() == "a $x$ <lion>" and second.get_suptitle().endswith(" ...")
+    assert [axis.get_title() for axis in first.axes] == ["rank 2  +3.0", "rank 3  +2.0", "real  +1.0"]
+    assert [axis.get_title() for axis in second.axes] == ["real  +5.0", "rank 2  -1.0", ""]
+    assert [int(axis.images[0].get_array()[0, 0, 0]) for axis in first.axes] == [1, 2, 0]
+    assert [len(axis.patches) for axis in first.axes] == [0, 0, 1]

@@ -18,6 +18,7 @@ from prefopt.errors import InputError
 from prefopt.evaluation import text_to_image, words
 from prefopt.evaluation.report import write_report
 from prefopt.evaluation.scorers import Scorer, judge_scorer
+from prefopt.evaluation.scoring import kept_scores
 from prefopt.evaluation.stats import paired_bootstrap, win_rate
 from prefopt.evaluation.text_to_image import compare
 from prefopt.judges.critic_cases import CRITICS, ScoreCase, Templates
@@ -25,6 +26,7 @@ from prefopt.judges.discriminator import DiscriminatorScorer
 from prefopt.judges.questions import Answer
 from prefopt.judges.rubric import Rubric
 from prefopt.loading import Lazy
+from prefopt.store import Ledger
 
 RECIPE = "recipes/compare_text_to_image.py"
 PROMPTS = ["a red lion", "two <script>alert(1)</script> zebras", "snow & ice"]
@@ -312,6 +314,8 @@ def test_the_recipe_by_path_in_two_processes_gives_what_one_gives(models, tmp_pa
         (["--critic_typed"], "name the --critic, too"),
         (["--discriminator_name_or_path", "./none"], "there is no ./none"),
         (["--judge_model_name_or_path", "pocket", "--rubric", "mine"], "no rubric could be read from mine"),
+        (["--judge_model_name_or_path", "pocket", "--rubric", "class_conditional"], "it asks about {class}"),
+        (["--rubric", "reward"], "name the --judge_model_name_or_path, too"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_exit_code_2(models, tmp_path, flags, message, monkeypatch, capsys):
@@ -395,8 +399,24 @@ def test_a_judge_s_score_is_the_rubric_s_soft_score():
         "from -1 to 1" in scorer.about and "Sure answers to 'Does the picture show everything" in scorer.about
     )
     assert scorer.identity != judge_scorer(Lazy("other", Sure), Rubric.load("whole_prompt"), "Sure").identity
-    with pytest.raises(InputError, match=r"asks about \{class\}"):
-        judge_scorer(Lazy("sure", Sure), Rubric.load("class_conditional"), "Sure")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [(Answer({"yes": 0.05, "no": 0.05}, other_mass=0.9), None), (Answer({"yes": np.nan, "no": 0.1}), "nan")],
+)
+def test_a_judge_that_does_not_answer_has_no_score_and_one_that_fails_is_named(tmp_path, answer, expected):
+    class Odd:
+        def answer(self, cases):
+            return [[answer for _ in case.questions] for case in cases]
+
+    scorer = judge_scorer(Lazy("odd", Odd), Rubric.load("whole_prompt"), "Odd")
+    ledger = Ledger(tmp_path, "scores", 0)
+    if expected is None:
+        assert kept_scores(scorer, ["a"], lambda keys: (["image"], ["prompt"]), ledger) == {"a": {"": None}}
+    else:
+        with pytest.raises(InputError, match="the scorer judge gave nan"):
+            kept_scores(scorer, ["a"], lambda keys: (["image"], ["prompt"]), ledger)
 
 
 # Sweeps

@@ -49,7 +49,7 @@ def test_all_methods_read_the_same_lists_and_one_has_the_discriminator(methods, 
         assert after(steps[name], "dataset_name") == str(tmp_path / "data")
         assert after(steps[name], "dataset_config") == "ranked"
         assert after(steps[name], "cache_dir") == str(tmp_path / "cache"), "each image is encoded once"
-        assert ("--discriminator_weight" in steps[name]) == (name == "cpo_discriminator")
+        assert ("--discriminator_name_or_path" in steps[name]) == (name == "cpo_discriminator")
     assert steps["cpo"][0] == steps["cpo_discriminator"][0]
     start = steps["compare"].index("--systems")
     names = ("sft", "dpo", "cpo", "cpo_discriminator")
@@ -71,6 +71,21 @@ def test_a_table_of_the_user_is_not_built_and_a_subset_needs_no_other_options(me
     assert "--discriminator_name_or_path" not in steps["compare"]
 
 
+def test_a_weight_is_the_options_own_unless_one_is_given(methods, tmp_path):
+    steps = methods.steps_of(methods.MethodsConfig(), tmp_path)
+    assert not any("--discriminator_weight" in command for command in steps.values())
+    steps = methods.steps_of(methods.MethodsConfig(discriminator_weight=5.0), tmp_path)
+    assert [name for name in steps if "--discriminator_weight" in steps[name]] == ["cpo_discriminator"]
+    assert after(steps["cpo_discriminator"], "discriminator_weight") == "5.0"
+
+
+def test_a_discriminator_among_the_options_of_cpo_would_be_in_both(methods, tmp_path):
+    file = tmp_path / "cpo.yaml"
+    file.write_text("discriminator_name_or_path: pocket\n")
+    with pytest.raises(InputError, match="names a discriminator, so that cpo would have one, too"):
+        methods.MethodsConfig(cpo=str(file))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -87,6 +102,8 @@ def test_a_table_of_the_user_is_not_built_and_a_subset_needs_no_other_options(me
             "--discriminator_name_or_path is missing",
         ),
         ({"cpo": "no.yaml"}, "--cpo: no file no.yaml"),
+        ({"compare": str(ROOT / "README.md")}, "is no YAML file of options"),
+        ({"dataset_config": "pairs"}, "--dataset_config belongs to a --dataset_name"),
         ({"discriminator_name_or_path": "./none"}, "--discriminator_name_or_path: there is no ./none"),
     ],
 )

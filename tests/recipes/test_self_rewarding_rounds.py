@@ -100,37 +100,65 @@ def test_candidates_of_another_sampler_than_the_comparison_s_are_named(rounds, t
     assert "compares at 3:" in said({"guidance_scale": 2.0}, {})
     assert "at --num_inference_steps 4, and" in said({"num_inference_steps": 4}, {"num_inference_steps": 20})
     assert said({"guidance_scale": "1e1", "num_inference_steps": 30}, {"guidance_scale": 10}) == ""
-    assert said({"sources": ["a guidance=1"]}, {"guidance_scale": 10}) == said([], {}) == ""
+    assert said({"sources": ["a guidance=1"]}, {"guidance_scale": 10}) == ""
     assert said({"guidance_scale": "much"}, {"guidance_scales": 3}) == "", "the step refuses it"
     both = said({"num_inference_steps": 4, "guidance_scale": 1}, {})
     assert both.count(" compares at ") == 2
     assert rounds.other_sampler(rounds.RoundsConfig(**OPTIONS)) == "", "the presets"
 
 
-def test_a_step_that_ended_well_is_not_repeated_unless_it_changes(tmp_path, monkeypatch, capfd):
-    script, log = tmp_path / "script.py", tmp_path / "log"
+def scripted_steps(tmp_path, monkeypatch):
+    """Runs two steps with these words; each writes its word to a log, and `bad` fails."""
+    script, log, config = tmp_path / "script.py", tmp_path / "log", tmp_path / "options.yaml"
     script.write_text(
-        f"import sys; open({str(log)!r}, 'a').write(sys.argv[-1]); sys.exit(sys.argv[-1] == 'b')"
+        f"import sys; open({str(log)!r}, 'a').write(sys.argv[-1] + ' '); sys.exit(sys.argv[-1] == 'bad')"
     )
-    config = tmp_path / "options.yaml"
+    log.touch()
     config.write_text("a: 1")
-    launch = [sys.executable, str(script)]
-    monkeypatch.setattr(steps, "launcher", lambda processes: launch)
+    monkeypatch.setattr(steps, "launcher", lambda processes: [sys.executable, str(script)])
 
-    def run(word):
-        steps.run_step("sft", ["--config", str(config), word], tmp_path, 1)
+    def run(first, second):
+        words = {"sft": first, "compare": second}
+        commands = {name: ["--config", str(config), word] for name, word in words.items()}
+        steps.run_steps(commands, tmp_path / "run", 1)
 
-    run("a")
-    run("a")
-    assert log.read_text() == "a" and "sft is done" in capfd.readouterr().out
-    with pytest.raises(InputError, match="the step sft ended with exit code 1"):
-        run("b")
-    with pytest.raises(InputError, match="exit code 1"):
-        run("b")
-    assert log.read_text() == "abb"
+    return run, log, config
+
+
+def test_a_step_that_ended_well_is_not_repeated_unless_it_or_one_before_it_changes(
+    tmp_path, monkeypatch, capfd
+):
+    run, log, config = scripted_steps(tmp_path, monkeypatch)
+    run("one", "two")
+    run("one", "two")
+    assert log.read_text() == "one two " and "sft is done" in capfd.readouterr().out
+    run("one", "three")
+    assert log.read_text() == "one two three "
+    run("other", "three")
+    assert log.read_text() == "one two three other three ", "what stands on a changed step is done again"
     config.write_text("a: 2")
-    run("a")
-    assert log.read_text() == "abba"
+    run("other", "three")
+    assert log.read_text().endswith("three other three ")
+
+
+def test_a_step_that_fails_ends_the_run_and_is_tried_again(tmp_path, monkeypatch):
+    run, log, _ = scripted_steps(tmp_path, monkeypatch)
+    for _ in range(2):
+        with pytest.raises(InputError, match="the step compare ended with exit code 1"):
+            run("one", "bad")
+    assert log.read_text() == "one bad bad "
+
+
+def test_a_training_goes_on_from_its_checkpoints_and_never_from_those_of_other_options(tmp_path, monkeypatch):
+    run, log, _ = scripted_steps(tmp_path, monkeypatch)
+    with pytest.raises(InputError, match="exit code 1"):
+        run("bad", "two")
+    (tmp_path / "run" / "sft" / "checkpoint-50").mkdir(parents=True)
+    with pytest.raises(InputError, match="exit code 1"):
+        run("bad", "two")
+    with pytest.raises(InputError, match=r"sft has checkpoints of other options .* delete that folder"):
+        run("one", "two")
+    assert log.read_text() == "bad bad "
 
 
 @pytest.mark.parametrize(
@@ -140,6 +168,7 @@ def test_a_step_that_ended_well_is_not_repeated_unless_it_changes(tmp_path, monk
         ({"build": "nowhere.yaml"}, "--build: no file nowhere.yaml"),
         ({"rounds": 2, "dpo": "none"}, "--next_round dpo is not trained"),
         ({"compare": "none"}, "--compare: no file none"),
+        ({"dpo": str(ROOT / "README.md")}, "README.md is no YAML file of options"),
         ({"model_name_or_path": "some/model"}, "--build is missing: only the model `pocket` has a default"),
     ],
 )
