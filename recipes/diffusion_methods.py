@@ -11,9 +11,9 @@ the single recipes, which this one calls and prints, so that any can be run alon
 pocket, half an hour on two cores, on ranked lists that it builds first.
 
 The same command again, after a crash or Ctrl-C, goes on where it stopped. You should see in --output_dir a
-folder for each method, and report.html: each system at its best guidance scale, by the scorers that the
-comparison's options name. Trust a scorer that chose no data and is in no loss: here the discriminator is in
-one, and the CLIP that ranked the pocket's lists chose the data.
+folder for each method, and compared/report.html: each system at its best guidance scale, by the scorers that
+the comparison's options name. Trust a scorer that chose no data and is in no loss: here the discriminator is
+in one, and the CLIP that ranked the pocket's lists chose the data.
 
 Launch it by plain python: it launches its steps by accelerate, on --num_processes each.
 """
@@ -125,7 +125,7 @@ def steps_of(config: MethodsConfig, folder: Path) -> dict[str, list[str]]:
     steps["compare"] = [str(HERE / "compare_text_to_image.py"), "--config", str(config.compare), *model]
     steps["compare"] += ["--systems", "base", *trained, "--runs", *(str(folder / n) for n in config.methods)]
     steps["compare"] += [*(discriminator if config.discriminator_name_or_path else [])]
-    steps["compare"] += ["--output_dir", str(folder)]
+    steps["compare"] += ["--output_dir", str(folder / "compared")]
     return steps
 
 

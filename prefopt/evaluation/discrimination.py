@@ -51,7 +51,7 @@ def draw_strips(
     """
     rows, columns = ranks.shape
     figure = Figure(figsize=(1.5 * columns, 2.1 * rows), layout="constrained")
-    for row, strip in enumerate(np.atleast_1d(figure.subfigures(rows, 1))):
+    for row, strip in enumerate(figure.subfigures(rows, 1, squeeze=False)[:, 0]):
         prompt = textwrap.shorten(prompts[row], 22 * columns, placeholder=" ...")
         strip.suptitle(prompt, x=0.02, ha="left", fontsize=8, parse_math=False)
         there = np.flatnonzero(ranks[row])

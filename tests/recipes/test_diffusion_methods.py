@@ -1,10 +1,11 @@
 """Several methods on one table: what each step is told, and which options are refused."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
-from launching import ROOT
+from launching import ROOT, launch
 from running import recipe
 
 from data_builders.text_to_image_pairs import TextToImagePairsConfig
@@ -110,3 +111,34 @@ def test_a_discriminator_among_the_options_of_cpo_would_be_in_both(methods, tmp_
 def test_what_cannot_be_compared_is_said_at_once(methods, options, said):
     with pytest.raises(InputError, match=said):
         methods.MethodsConfig(**options)
+
+
+@pytest.mark.slow
+def test_by_path_all_are_trained_and_compared_on_one_page_and_nothing_is_done_twice(tmp_path):
+    """The whole recipe on the pocket, each step at its smallest."""
+    training = {"max_steps": 2, "per_device_train_batch_size": 2, "lora_r": 2, "save_steps": 1}
+    compare = {"num_prompts": 4, "num_seeds": 1, "num_inference_steps": 1, "guidance_scales": [1.0, 2.0]}
+    files = {
+        "build": {"num_prompts": 4, "candidates": 2, "num_inference_steps": 1, "gallery": False},
+        "sft": training,
+        "dpo": training,
+        "cpo": training | {"discriminator_weight": 2.0},
+        "compare": compare | {"judge_model_name_or_path": "pocket"},
+    }
+    for name, values in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    options = {name: tmp_path / f"{name}.yaml" for name in files} | {"output_dir": tmp_path / "run"}
+    running = launch("recipes/diffusion_methods.py", options, tmp_path / "log")
+    assert running.wait(600) == 0, running.text()
+    summary = json.loads((tmp_path / "run" / "compared" / "summary.json").read_text())
+    assert list(summary["best"]["chosen"]) == ["base", "sft", "dpo", "cpo", "cpo_discriminator"]
+    assert {"clip", "oracle/all", "discriminator", "judge"} <= summary["metrics"].keys()
+    page = (tmp_path / "run" / "compared" / "report.html").read_text()
+    assert all(name in page for name in ("cpo_discriminator", "discriminator logit", "judge&#39;s score"))
+    terms = (tmp_path / "run" / "cpo_discriminator" / "metrics.jsonl").read_text()
+    assert "discriminator/term" in terms
+    assert "discriminator/term" not in (tmp_path / "run" / "cpo" / "metrics.jsonl").read_text()
+    before = (tmp_path / "run" / "compared" / "report.html").stat().st_mtime_ns
+    again = launch("recipes/diffusion_methods.py", options, tmp_path / "log-again")
+    assert again.wait() == 0 and again.text().count("is done") == 6
+    assert (tmp_path / "run" / "compared" / "report.html").stat().st_mtime_ns == before
