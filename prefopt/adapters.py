@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from prefopt.config import LoraArguments
+from prefopt.config import LORA, LoraArguments
 from prefopt.errors import InputError
 from prefopt.loading import UNUSABLE, first_line
 
@@ -21,15 +21,25 @@ CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  
 
 
 def lora_config(arguments: LoraArguments, default_targets: list[str] | str, **kwargs: Any) -> LoraConfig:
-    """The peft configuration of the options; `default_targets` where they name no layers."""
-    return LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_target_modules or default_targets,
-        use_rslora=arguments.use_rslora,
-        **kwargs,
-    )
+    """The peft configuration of a fresh adapter; `default_targets` where the options name no layers."""
+    own: dict[str, Any] = {name: getattr(arguments, name) for name in LORA}
+    targets = arguments.lora_target_modules or default_targets
+    return LoraConfig(r=own.pop("lora_r"), target_modules=targets, **own, **kwargs)
+
+
+def check_own_options(arguments: LoraArguments, model: nn.Module, config: LoraConfig) -> None:
+    """InputError for an option that says otherwise than the adapter that the model starts from."""
+    own = {"lora_r": config.r, **{name: getattr(config, name) for name in LORA if name != "lora_r"}}
+    differing = {name: has for name, has in own.items() if getattr(arguments, name) not in (None, has)}
+    if names := arguments.lora_target_modules:
+        layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        if {layer.rpartition(".")[2] for layer in layers} != {name.rpartition(".")[2] for name in names}:
+            differing["lora_target_modules"] = f"{len(layers)} others, such as {layers[0]}"
+    for name, has in differing.items():
+        raise InputError(
+            f"--{name} is {getattr(arguments, name)}, and the adapter {arguments.adapter_name_or_path} has "
+            f"{has}, which training does not change: leave the option out"
+        )
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:

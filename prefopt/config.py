@@ -11,6 +11,7 @@ from prefopt.errors import InputError
 from prefopt.options import check_interval, check_paths_exist, option
 
 LATEST = "latest"
+LORA = {"lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False}  # of a fresh adapter
 
 
 @dataclass
@@ -74,18 +75,27 @@ class LoraArguments:
     """The LoRA options, under trl's names."""
 
     use_peft: bool = option(True, "Train a LoRA adapter; --no_use_peft trains all weights.")
-    lora_r: int = option(16, "LoRA rank.")
-    lora_alpha: int = option(16, "LoRA alpha: the update is scaled by alpha / r.")
-    lora_dropout: float = option(0.0, "Dropout of the LoRA input, in the policy only.")
+    lora_r: int | None = option(None, "LoRA rank (default: 16).")
+    lora_alpha: int | None = option(None, "LoRA alpha: the update is scaled by alpha / r (default: 16).")
+    lora_dropout: float | None = option(None, "Dropout of the LoRA input, in the policy only (default: 0).")
     lora_target_modules: list[str] | None = option(
         None, "Names of the layers that get an adapter (default: the attention projections)."
     )
-    use_rslora: bool = option(False, "Scale by alpha / sqrt(r) (arXiv 2312.03732).")
+    use_rslora: bool | None = option(
+        None, "Scale by alpha / sqrt(r) (arXiv 2312.03732; default: by alpha / r)."
+    )
     adapter_name_or_path: str | None = option(
         None,
-        "A trained adapter to start from, with its own rank, alpha, dropout and layers; "
-        "it is also the reference.",
+        "A trained adapter to start from; it is also the reference. Its rank, alpha, dropout and layers are "
+        "its own: other values of these options are an error.",
     )
+
+    def __post_init__(self) -> None:
+        if self.adapter_name_or_path:
+            return
+        for name, default in LORA.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
 
 
 @dataclass
@@ -116,6 +126,7 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        LoraArguments.__post_init__(self)
         if not self.model_name_or_path:
             raise InputError("--model_name_or_path is missing; name a folder or a hub id")
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefopt.adapters import POLICY, REFERENCE, adapter_layers
 from prefopt.diffusion.generator import ADAPTER_FILE
+from prefopt.errors import InputError
 from prefopt.reference import adapters_off
 
 LN2 = math.log(2)
@@ -119,7 +120,14 @@ def test_full_fine_tuning_keeps_a_frozen_reference(setting, tmp_path):
 
 def test_dpo_on_a_trained_adapter_compares_with_that_adapter(setting, tmp_path):
     sft = train(setting, tmp_path / "sft", "diffusion_sft", lora_alpha=4, lora_r=8)
-    dpo = train(setting, tmp_path / "dpo", adapter_name_or_path=str(tmp_path / "sft"))
+    adapter = {"adapter_name_or_path": str(tmp_path / "sft")}
+    with pytest.raises(InputError, match=r"--lora_r is 2, and the adapter .*sft has 8"):
+        train(setting, tmp_path / "dpo", **adapter, lora_r=2, lora_alpha=4)
+    with pytest.raises(
+        InputError, match=r"--lora_target_modules is \['to_q'\], and the adapter .* has \d+ others"
+    ):
+        train(setting, tmp_path / "dpo", **adapter, lora_r=8, lora_alpha=4, lora_target_modules=["to_q"])
+    dpo = train(setting, tmp_path / "dpo", **adapter, lora_r=8, lora_alpha=4)
     assert logged(tmp_path / "dpo")[0] == pytest.approx(LN2, abs=1e-6)
     batch = dpo.data_collator([dpo.train_dataset[item, 0] for item in range(4)])
     compared_with = dpo.reference_scores(dpo.model, batch)

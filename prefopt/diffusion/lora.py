@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prefopt.adapters import POLICY, REFERENCE, adapter_layers, lora_config
+from prefopt.adapters import POLICY, REFERENCE, adapter_layers, check_own_options, lora_config
 from prefopt.config import LoraArguments
 from prefopt.diffusion.generator import ADAPTER_FILE, adapter_file
 from prefopt.errors import InputError
@@ -33,6 +33,7 @@ def make_trainable(network: Any, pipeline: Any, options: LoraArguments, targets:
     """Give the network the adapter of the options: a fresh one, a trained one, or none: all weights train."""
     if options.adapter_name_or_path:
         start_from_lora(network, pipeline, options.adapter_name_or_path)
+        check_own_options(options, network, network.peft_config[POLICY])
     elif options.use_peft:
         add_lora(network, lora_config(options, list(targets)))
     else:
