@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import psutil
 from trl import TrlParser
 from yaml import YAMLError
 
@@ -123,6 +124,7 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
     warnings.filterwarnings("default", r"`\w+` is deprecated and will be removed", FutureWarning)
     first = int(os.environ.get("RANK", "0")) == 0
     try:
+        check_launch()
         config: Any = parse(config_class)
         with exclusive_lock(Path(config.output_dir)) if first else nullcontext():
             if first:
@@ -133,6 +135,22 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
         sys.exit(_say(f"error: {error}", BAD_INPUT))
     except KeyboardInterrupt as interrupt:
         sys.exit(_say(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", INTERRUPTED))
+
+
+def check_launch() -> None:
+    """InputError if accelerate was asked for several processes and started one, as it does on CPUs."""
+    launcher = psutil.Process().parent()
+    words = launcher.cmdline() if launcher and "WORLD_SIZE" not in os.environ else []
+    if "launch" not in words or not any("accelerate" in word for word in words[:3]):
+        return
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    asked = options.parse_known_args(words[: words.index(sys.argv[0])] if sys.argv[0] in words else words)[0]
+    if asked.num_processes > 1:
+        raise InputError(
+            f"accelerate was asked for {asked.num_processes} processes and started one: it found no GPUs. "
+            f"On CPUs: torchrun --nproc_per_node {asked.num_processes} {sys.argv[0]} ..."
+        )
 
 
 def _refuse_unknown(words: list[str], known: list[str]) -> None:

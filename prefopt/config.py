@@ -1,6 +1,6 @@
 """The options that every training recipe shares; importing them imports no model library but torch."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
 import torch
@@ -12,6 +12,26 @@ from prefopt.options import check_interval, check_paths_exist, option
 
 LATEST = "latest"
 LORA = {"lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False}  # of a fresh adapter
+
+
+# Options of the Trainer that nothing here reads, and what to use in their place.
+IDLE = {
+    "label_smoothing_factor": ": --label_smoothing is that of preferences",
+    "neftune_noise_alpha": "",
+    "use_liger_kernel": "",
+    "liger_kernel_config": "",
+    "auto_find_batch_size": ": an epoch's order is planned for one batch size",
+    "prediction_loss_only": "",
+    "include_for_metrics": "",
+    "batch_eval_metrics": "",
+    "label_names": "",
+    "train_sampling_strategy": ": the order is that of the seed",
+    "length_column_name": "",
+    "dataloader_drop_last": ": the last batch of an epoch is filled up",
+    "do_train": "",
+    "do_eval": ": --eval_strategy and a test split evaluate",
+    "do_predict": "",
+}
 
 
 @dataclass
@@ -50,14 +70,37 @@ class PreferenceConfig(TrainingArguments):
     save_total_limit: int | None = option(2, "Keep the last N checkpoints.")
 
     def __post_init__(self) -> None:
+        self._refuse_idle()
         # Without an accelerator, half precision is the CPU's own affair; transformers wants to be told.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed is {self.seed}; a seed lies between 0 and 2^32 - 1")
+        self._check_trackers()
         check_interval(self, "[1, inf)", "visits")
         check_interval(self, "(0, 1)", "ema_decay")
+
+    def _refuse_idle(self) -> None:
+        """InputError for an option of the Trainer that nothing here reads: it would be a promise not kept."""
+        fresh = {field.name: field for field in fields(TrainingArguments)}
+        for name, instead in IDLE.items():
+            make = fresh[name].default_factory
+            if getattr(self, name) != (fresh[name].default if make is MISSING else make()):
+                raise InputError(f"--{name} has no effect in this recipe{instead}; leave it out")
+
+    def _check_trackers(self) -> None:
+        """InputError for a tracker that is not installed: the Trainer would say so after encoding."""
+        if self.report_to in ("none", [], ["none"]):
+            return
+        from transformers.integrations import get_reporting_integration_callbacks
+
+        try:
+            for tracker in get_reporting_integration_callbacks(self.report_to):
+                tracker()
+        except (ValueError, RuntimeError, ImportError) as error:
+            given = self.report_to if isinstance(self.report_to, str) else " ".join(self.report_to or ())
+            raise InputError(f"--report_to {given}: {error}") from error
 
     @property
     def global_batch(self) -> int:
@@ -110,6 +153,9 @@ class DatasetArguments:
     )
     dataset_revision: str | None = option(None, "Revision of the dataset on the hub.")
     dataset_train_split: str = option("train", "The split to train on.")
+    dataset_test_split: str | None = option(
+        None, "A split that is not trained on, which --eval_strategy steps or epoch measures (default: none)."
+    )
 
 
 @dataclass
@@ -131,7 +177,25 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
             raise InputError("--model_name_or_path is missing; name a folder or a hub id")
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name")
         check_paths_exist(self, "model_name_or_path", "dataset_name", "adapter_name_or_path")
+        self._check_evaluation()
         if self.adapter_name_or_path and not self.use_peft:
             raise InputError("--adapter_name_or_path trains that adapter; leave out --no_use_peft")
         if self.dtype != "float32" and not self.use_peft:
             raise InputError(f"--dtype {self.dtype} is for frozen weights; full fine-tuning keeps float32")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are examples that are not trained on."""
+        return self.dataset_test_split is not None
+
+    def _check_evaluation(self) -> None:
+        if self.eval_strategy != "no" and not self.holds_out:
+            raise InputError(
+                "--eval_strategy measures examples that are held out; name a --dataset_test_split"
+            )
+        if self.eval_strategy == "no" and self.dataset_test_split is not None:
+            raise InputError(
+                "--dataset_test_split is there to be measured; add --eval_strategy steps, or epoch"
+            )
+        if self.dataset_test_split == self.dataset_train_split:
+            raise InputError(f"--dataset_test_split {self.dataset_test_split} is trained on; name another")

@@ -52,6 +52,8 @@ class DiscriminatorConfig(PreferenceConfig, DatasetArguments, ImageArguments):
             raise InputError(
                 "--dataset_name is missing: name what data_builders/discriminator_pairs.py wrote"
             )
+        if self.eval_strategy != "no":
+            raise InputError("--eval_strategy: a discriminator is measured after its last step; leave it out")
         check_paths_exist(self, "model_name_or_path", "dataset_name")
         check_interval(self, "(0, inf)", "r1_gamma")
         self.check_images()

@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from tiny import tiny_adapter
 
 from data_builders.text_to_image_pairs import TextToImagePairsConfig
+from prefopt import cli
 from prefopt.cli import BAD_INPUT, parse, run
 from prefopt.diffusion.generator import ADAPTER_FILE
 from prefopt.errors import InputError
@@ -326,6 +328,55 @@ def test_a_mistyped_key_of_a_file_is_answered_with_the_nearest_option(tmp_path):
     config.write_text("batchsize: 3\n")
     with pytest.raises(InputError, match=re.escape("--batchsize is no option; did you mean --batch_size?")):
         parse(TextToImagePairsConfig, ["--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha has no effect in this recipe; leave it out"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing is that of preferences"),
+        ({"auto_find_batch_size": True}, "--auto_find_batch_size has no effect"),
+        ({"do_eval": True}, "--do_eval has no effect"),
+        ({"report_to": "nobody"}, "--report_to nobody: "),
+        ({"report_to": "dvclive"}, "--report_to dvclive: DVCLiveCallback requires dvclive to be installed"),
+        ({"eval_strategy": "steps"}, "--eval_strategy measures examples that are held out"),
+        ({"dataset_test_split": "test"}, "add --eval_strategy steps, or epoch"),
+        ({"dataset_test_split": "train", "eval_strategy": "steps"}, "train is trained on; name another"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(options, refused, changes, said):
+    assert said in refused({**options, **changes})
+
+
+LAUNCHER = ["python", "/usr/bin/accelerate", "launch"]
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "asked"),
+    [
+        ([*LAUNCHER, "--num_processes", "2", "recipe.py"], {}, 2),
+        ([*LAUNCHER, "--num-processes=3", "--cpu", "recipe.py", "--num_processes", "9"], {}, 3),
+        ([*LAUNCHER, "--num_processes", "2", "recipe.py"], {"WORLD_SIZE": "2"}, None),
+        ([*LAUNCHER, "--num_processes", "1", "recipe.py"], {}, None),
+        ([*LAUNCHER, "recipe.py", "--num_processes", "4"], {}, None),
+        (["bash", "launch", "--num_processes", "2"], {}, None),
+    ],
+)
+def test_one_process_where_several_were_asked_for_is_an_error(words, environment, asked, monkeypatch):
+    """Guards: `accelerate launch --num_processes 2` without GPUs, which starts one and says nothing."""
+    parent = SimpleNamespace(cmdline=lambda: words)
+    monkeypatch.setattr(cli.psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if asked is None:
+        cli.check_launch()
+        return
+    with pytest.raises(
+        InputError, match=rf"asked for {asked} processes and started one.*--nproc_per_node {asked}"
+    ):
+        cli.check_launch()
 
 
 def fill_disk(number: int, limit: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import write_pairs
 from running import logged, train
 from safetensors.torch import load_file
 from torch import Tensor
@@ -39,6 +40,30 @@ def test_the_first_loss_is_ln_2_in_bfloat16(setting, tmp_path, options):
     train(setting, tmp_path / "run", max_steps=2, **options, **cache)
     assert logged(tmp_path / "run")[0] == pytest.approx(LN2, abs=1e-6)
     assert logged(tmp_path / "run")[1] != pytest.approx(LN2, abs=1e-6)
+
+
+def test_a_split_that_is_not_trained_on_is_measured_at_the_same_draws_each_time(setting, tmp_path):
+    """At no learning rate every measurement is the same; it is the loss of the split's own examples."""
+    data = Path(write_pairs(tmp_path / "data", 12))
+    Path(write_pairs(tmp_path / "other", 5), "train.parquet").rename(data / "test.parquet")
+    held_out = {
+        "dataset_name": str(data),
+        "dataset_test_split": "test",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    trainer = train(setting, tmp_path / "run", **held_out, max_steps=4, learning_rate=1e-30, loss_type="cpo")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in measured] == [2, 4]
+    assert measured[0]["eval_loss"] == measured[1]["eval_loss"]
+    assert {"eval_rewards/accuracies", "eval_error/chosen"} <= measured[0].keys()
+    assert len(trainer.train_dataset) == 12 and len(trainer.eval_dataset) == 5
+    batch = trainer.data_collator([trainer.eval_dataset[item, 0] for item in range(5)])
+    with torch.no_grad():
+        scored = trainer.score(trainer.model.eval(), batch)
+    expected = trainer.objective(scored, None, batch).losses.mean().item()
+    assert measured[0]["eval_loss"] == pytest.approx(expected, abs=1e-4)
 
 
 def softplus(x: Tensor) -> Tensor:

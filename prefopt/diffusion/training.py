@@ -1,7 +1,7 @@
 """From a config and a table to a trained model: what every diffusion recipe does."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,25 @@ def train(
     InputError for labels or options that the objective cannot use, before anything is loaded.
     """
     state = PartialState()
+    splits = [config.dataset_train_split, *filter(None, [config.dataset_test_split])]
     with state.main_process_first():  # then the others read its cache
-        table = read(
-            pocket.resolve(str(config.dataset_name), "pairs"),
-            split=config.dataset_train_split,
-            config=config.dataset_config,
-            revision=config.dataset_revision,
-        )
-    state.print(table)
-    objective.check_labels(table.soft_labels)
+        tables = [
+            read(
+                pocket.resolve(str(config.dataset_name), "pairs"),
+                split=split,
+                config=config.dataset_config,
+                revision=config.dataset_revision,
+            )
+            for split in splits
+        ]
+    for table in tables:
+        state.print(table)
+        objective.check_labels(table.soft_labels)
     if config.reference == "cache" and not objective.needs_reference:
         raise InputError("--reference cache: this objective has no reference")
     if config.discriminator_name_or_path:
         objective = with_discriminator(objective, config.discriminator_weight)
-    denoiser, examples = prepare(config, table)
+    denoiser, (examples, *held_out) = prepare(config, tables)
     frozen = objective.needs_reference and not config.use_peft and config.reference == "live"
     adversarial = config.discriminator_mode == "adversarial"
     trainer = PreferenceTrainer(
@@ -61,6 +66,7 @@ def train(
         objective=objective,
         metrics=partial(denoising_metrics, schedule=denoiser.schedule),
         train_dataset=examples,
+        eval_dataset=held_out[0] if held_out else None,
         reference_model=frozen_copy(denoiser) if frozen else None,
         apart={"discriminator": config.discriminator_learning_rate} if adversarial else {},
         about=about(denoiser.schedule.prediction),
@@ -73,14 +79,20 @@ def train(
     return trainer
 
 
-def prepare(config: DiffusionConfig, table: Table) -> tuple[Denoiser, EncodedCandidates]:
-    """The denoiser to train and the table's encoded examples; the frozen parts are freed afterwards."""
+def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> tuple[Denoiser, list[EncodedCandidates]]:
+    """The denoiser to train and each table's encoded examples; the frozen parts are freed afterwards.
+
+    The first table is trained on: the times of the others are not spread over its steps.
+    """
     dtype = getattr(torch, config.dtype)
     pipeline = load_pipeline(config.model_name_or_path, revision=config.model_revision, dtype=dtype)
     denoiser = _denoiser(config, pipeline)
     torch.manual_seed(config.seed)  # a fresh adapter's random factor is the same on every process
     make_trainable(denoiser.network, pipeline, config, denoiser.family.lora_targets)
-    examples = encode(config, config, pipeline, denoiser.family, table, strata=_strata(config))
+    examples = [
+        encode(config, config, pipeline, denoiser.family, table, strata=None if number else _strata(config))
+        for number, table in enumerate(tables)
+    ]
     free(pipeline, denoiser.family)
     return denoiser, examples
 

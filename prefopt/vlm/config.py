@@ -58,6 +58,11 @@ class VlmConfig(RecipeConfig):
         True, "Quantise the constants of the 4-bit weights, too (double quantisation)."
     )
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are examples that are not trained on."""
+        return super().holds_out or self.test_size is not None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_4bit()
@@ -66,8 +71,10 @@ class VlmConfig(RecipeConfig):
         check_interval(self, "[1, inf)", "max_length")
         check_interval(self, "[1, inf)", "row_tokens")
         check_interval(self, "(0, inf)", "test_size")
-        if self.eval_strategy != "no" and self.test_size is None:
-            raise InputError("--eval_strategy measures examples that are held out; add --test_size")
+        if self.test_size is not None and self.dataset_test_split is not None:
+            raise InputError("--test_size and --dataset_test_split: leave one of them out")
+        if self.vision_features == "cache" and self.dataset_test_split is not None:
+            raise InputError("--vision_features cache keeps those of one split; use --test_size to hold out")
         self.visits = 1  # nothing of an example is random: every epoch reads it alike
         if not self.shared_prefix and (self.vision_features == "cache" or self.row_tokens):
             raise InputError(

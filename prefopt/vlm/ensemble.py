@@ -15,7 +15,7 @@ from prefopt.errors import InputError
 from prefopt.files import write_atomically
 from prefopt.objectives import supervised
 from prefopt.vlm.config import VlmConfig
-from prefopt.vlm.training import load, read_examples, save, to_train, trainer_of
+from prefopt.vlm.training import load, read_examples, read_held_out, save, to_train, trainer_of
 
 DONE = "member.json"  # of a finished member: the options that it was trained with
 ABOUT = {"loss": "mean of -log p over the tokens of the step's answers, in nats"}
@@ -87,12 +87,12 @@ def train_ensemble(config: VlmConfig, members: Sequence[Member], rank: int | Non
 
 def _train(config: VlmConfig, members: Sequence[Member]) -> None:
     base, processor = load(config)
-    examples = read_examples(config, "sft", processor)
+    examples, held_out = read_examples(config, "sft", processor), read_held_out(config, "sft", processor)
     PartialState().print(examples)
     for member in members:
         options = _options_of(config, member)
         model: Any = to_train(base, options)
-        trainer = trainer_of(options, base, model, processor, examples, supervised(), ABOUT)
+        trainer = trainer_of(options, base, model, processor, examples, supervised(), ABOUT, held_out)
         PartialState().print(f"{member.folder.name}: {dict(member.options)}")
         trainer.train()
         save(trainer, options)

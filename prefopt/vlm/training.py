@@ -43,7 +43,8 @@ def train(config: VlmConfig, kind: Kind, objective: Objective, about: Mapping[st
     PartialState().print(examples)
     objective.check_labels(examples.soft_labels)
     model = to_train(loaded, config)
-    trainer = trainer_of(config, loaded, model, processor, examples, objective, about)
+    held_out = read_held_out(config, kind, processor)
+    trainer = trainer_of(config, loaded, model, processor, examples, objective, about, held_out)
     trainer.train()
     save(trainer, config)
     return trainer
@@ -60,16 +61,27 @@ def load(config: VlmConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     )
 
 
-def read_examples(config: VlmConfig, kind: Kind, processor: ProcessorMixin) -> VisionExamples:
-    """The examples that the options name."""
+def read_examples(
+    config: VlmConfig, kind: Kind, processor: ProcessorMixin, split: str | None = None
+) -> VisionExamples:
+    """The examples that the options name, of the training split or another one."""
     return read_vision_examples(
         str(config.dataset_name),
         kind,
-        split=config.dataset_train_split,
+        split=split or config.dataset_train_split,
         config=config.dataset_config,
         revision=config.dataset_revision,
         image_token=getattr(processor, "image_token", "<image>"),
     )
+
+
+def read_held_out(config: VlmConfig, kind: Kind, processor: ProcessorMixin) -> VisionExamples | None:
+    """The examples of the split that is measured, if the options name one."""
+    if config.dataset_test_split is None:
+        return None
+    examples = read_examples(config, kind, processor, config.dataset_test_split)
+    PartialState().print(examples)
+    return examples
 
 
 def trainer_of(
@@ -80,10 +92,14 @@ def trainer_of(
     examples: VisionExamples,
     objective: Objective,
     about: Mapping[str, str],
+    held_out: VisionExamples | None = None,
 ) -> PreferenceTrainer:
-    """The trainer of a model, which is `base` or has its adapters on it."""
+    """The trainer of a model, which is `base` or has its adapters on it.
+
+    `held_out` are measured; without them, those of `examples` that the options hold out.
+    """
     check_head(base.config)
-    train_examples, held_out = split(config, examples)
+    train_examples, by_image = split(config, examples)
     frozen = objective.needs_reference and not config.use_peft and config.reference == "live"
     score = CompletionScore(frozen_vision=config.use_peft)
     collator = Collator(
@@ -112,7 +128,7 @@ def trainer_of(
         train_dataset=train_examples,
         data_collator=collator,
         processing_class=processor,
-        eval_dataset=held_out,
+        eval_dataset=held_out or by_image,
         reference_model=frozen_copy(model) if frozen else None,
         groups=_groups(train_examples) if config.group_by_image else None,
         about=about,

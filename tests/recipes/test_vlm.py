@@ -211,7 +211,9 @@ def test_held_out_images_are_measured_and_not_trained_on(setting: dict, tmp_path
         batch = trainer.data_collator([trainer.eval_dataset[i, 0] for i in range(3)])
         scores = trainer.score(trainer.model.eval(), batch).scores
     assert measured[-1] == pytest.approx(-(scores.sum() / batch["tokens"].sum()).item(), abs=1e-4)
-    with pytest.raises(InputError, match="--eval_strategy measures examples that are held out"):
+    with pytest.raises(
+        InputError, match="--eval_strategy measures examples that are held out; name a --dataset_test_split"
+    ):
         running.train(setting, tmp_path / "other", "vlm_sft", eval_strategy="steps")
 
 
