@@ -19,6 +19,26 @@ TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # 
 _locked: dict[Path, IO[str]] = {}  # the folders that this process has locked, with their lock files
 
 
+# Text
+
+
+def text_lines(file: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, stripped; an empty one is an InputError that names its number."""
+    if not file.is_file():
+        raise InputError(f"no prompts file {file}: name a text file, one prompt a line")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is no UTF-8 text: {error}") from error
+    if not text.strip():
+        raise InputError(f"{file} is empty; it needs one prompt a line")
+    # Not splitlines: that also splits at characters which a prompt may hold, such as U+2028.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        if not line.strip():
+            raise InputError(f"{file}: line {number} is empty; each line is a prompt, so delete it")
+        yield line.strip()
+
+
 # Content
 
 

@@ -2,11 +2,19 @@
 
 import io
 from base64 import b64encode
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from prefopt.errors import InputError
+from prefopt.files import replacing, reporting_write_errors
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write lossless WebP whole or not at all; method 0 is several times faster than PNG."""
+    with reporting_write_errors(path), replacing(path) as partial:
+        image.save(partial, format="WEBP", lossless=True, method=0)
 
 
 def png_base64(image: Image.Image) -> str:

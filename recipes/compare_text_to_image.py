@@ -157,7 +157,7 @@ def main(config: CompareConfig) -> None:
     import torch
     from rich.console import Console
 
-    from data_builders.prompts.reading import held_out_captions, lines, scenes_of
+    from data_builders.prompts.reading import held_out_captions, scenes_of
     from prefopt.evaluation.report import notes, terminal_table, write_report
     from prefopt.evaluation.scorers import (
         clip_scorer,
@@ -167,12 +167,13 @@ def main(config: CompareConfig) -> None:
         oracle_scorer,
     )
     from prefopt.evaluation.text_to_image import compare, processes
+    from prefopt.files import text_lines
     from prefopt.judges.loading import lazy_judge
 
     state = processes()
     device = str(state.device)
     is_pocket = config.prompts == pocket.NAME
-    prompts = held_out_captions(config.classes) if is_pocket else lines(Path(str(config.prompts)))
+    prompts = held_out_captions(config.classes) if is_pocket else text_lines(Path(str(config.prompts)))
     prompts = list(dict.fromkeys(prompts))
     if len(prompts) < config.num_prompts and state.is_main_process:
         Console(stderr=True).print(f"{len(prompts)} prompts, fewer than the {config.num_prompts} asked for")

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_builders.engine.stages import Record
 from prefopt.errors import InputError
-from prefopt.files import content_key
+from prefopt.files import content_key, text_lines
 from prefopt.pocket import NAME as POCKET
 from prefopt.pocket.drawing import ANIMALS
 from prefopt.pocket.world import PHRASINGS, caption, held_out_scenes, parse, train_scenes
@@ -58,27 +58,10 @@ def read_prompts(source: str, number: int | None = None, seed: int = 0) -> list[
 
     A larger number only adds prompts at the end. A number larger than there are is an InputError.
     """
-    prompts = pocket_captions(seed) if source == POCKET else list(lines(Path(source)))
+    prompts = pocket_captions(seed) if source == POCKET else list(text_lines(Path(source)))
     if number is not None and number > len(prompts):
         raise InputError(f"--num_prompts is {number}, but {source} has {len(prompts)} prompts")
     return prompts[:number]
-
-
-def lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, stripped; an empty one is an InputError that names its number."""
-    if not file.is_file():
-        raise InputError(f"no prompts file {file}: name a text file, one prompt a line, or {POCKET}")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is no UTF-8 text: {error}") from error
-    if not text.strip():
-        raise InputError(f"{file} is empty; it needs one prompt a line")
-    # Not splitlines: that also splits at characters which a prompt may hold, such as U+2028.
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        if not line.strip():
-            raise InputError(f"{file}: line {number} is empty; each line is a prompt, so delete it")
-        yield line.strip()
 
 
 def pocket_captions(seed: int) -> list[str]:

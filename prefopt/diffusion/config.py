@@ -1,10 +1,12 @@
 """The options that diffusion recipes share."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from prefopt.config import RecipeConfig
 from prefopt.errors import InputError
+from prefopt.files import text_lines
 from prefopt.options import check_interval, check_paths_exist, option
 
 
@@ -84,7 +86,39 @@ class DiscriminatorArguments:
 
 
 @dataclass
-class DiffusionConfig(RecipeConfig, ImageArguments, TimestepArguments, DiscriminatorArguments):
+class ValidationArguments:
+    """Images that are generated while the model trains."""
+
+    validation_prompts: str | None = option(
+        None,
+        "Text file, one prompt a line: an image of each, always of the same seed, is generated at the start, "
+        "every --validation_steps and at the end (default: none).",
+    )
+    validation_steps: int = option(100, "For --validation_prompts: generate every N steps.")
+    validation_inference_steps: int = option(30, "For --validation_prompts: denoising steps of an image.")
+    validation_guidance_scale: float = option(
+        3.0, "For --validation_prompts: classifier-free guidance; 1 is none. Real models need about 7.5."
+    )
+
+    def check_validation(self, *, sharded: bool) -> None:
+        """InputError for values out of range, and for weights that no one process has."""
+        check_interval(self, "[1, inf)", "validation_steps", "validation_inference_steps")
+        check_interval(self, "[0, inf)", "validation_guidance_scale")
+        if self.validation_prompts is None:
+            return
+        for _ in text_lines(Path(self.validation_prompts)):
+            pass
+        if sharded:
+            raise InputError(
+                "--validation_prompts: under FSDP and DeepSpeed no process has all weights to generate with; "
+                "leave it out, and compare checkpoints with recipes/compare_text_to_image.py"
+            )
+
+
+@dataclass
+class DiffusionConfig(
+    RecipeConfig, ImageArguments, TimestepArguments, DiscriminatorArguments, ValidationArguments
+):
     """The options of a recipe that trains a text-to-image model."""
 
     model_name_or_path: str = option("pocket", "A diffusers pipeline: a folder, a hub id, or `pocket`.")
@@ -96,6 +130,7 @@ class DiffusionConfig(RecipeConfig, ImageArguments, TimestepArguments, Discrimin
         self.check_images()
         self.check_timesteps(self.visits)
         self.check_discriminator(fp16=self.fp16)
+        self.check_validation(sharded=bool(self.fsdp or self.deepspeed))
 
 
 def _check_ends(config: object, name: str) -> None:

@@ -16,12 +16,15 @@ from prefopt.diffusion.config import DiffusionConfig, ImageArguments
 from prefopt.diffusion.denoiser import Denoiser, denoising_metrics
 from prefopt.diffusion.discriminator import DiscriminatedDenoiser, load_discriminator
 from prefopt.diffusion.families import Family
+from prefopt.diffusion.generator import Sampler
 from prefopt.diffusion.latents import EncodedCandidates, encode_table
 from prefopt.diffusion.lora import make_trainable
 from prefopt.diffusion.sampling import load_pipeline, save_pipeline
 from prefopt.diffusion.schedule import Times
 from prefopt.diffusion.tables import Table
+from prefopt.diffusion.validation import ValidationImages
 from prefopt.errors import InputError
+from prefopt.files import text_lines
 from prefopt.objectives import Objective, Scored, with_discriminator
 from prefopt.reference import frozen_copy
 from prefopt.trainer import PreferenceTrainer
@@ -56,7 +59,7 @@ def train(
         raise InputError("--reference cache: this objective has no reference")
     if config.discriminator_name_or_path:
         objective = with_discriminator(objective, config.discriminator_weight)
-    denoiser, (examples, *held_out) = prepare(config, tables)
+    pipeline, denoiser, (examples, *held_out) = prepare(config, tables)
     frozen = objective.needs_reference and not config.use_peft and config.reference == "live"
     adversarial = config.discriminator_mode == "adversarial"
     trainer = PreferenceTrainer(
@@ -71,6 +74,8 @@ def train(
         apart={"discriminator": config.discriminator_learning_rate} if adversarial else {},
         about=about(denoiser.schedule.prediction),
     )
+    if config.validation_prompts:
+        trainer.add_callback(_validation(config, trainer, pipeline, denoiser.family))
     trainer.train()
     trainer.save_model()
     if not config.use_peft and trainer.is_world_process_zero():
@@ -79,8 +84,12 @@ def train(
     return trainer
 
 
-def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> tuple[Denoiser, list[EncodedCandidates]]:
-    """The denoiser to train and each table's encoded examples; the frozen parts are freed afterwards.
+def prepare(
+    config: DiffusionConfig, tables: Sequence[Table]
+) -> tuple[Any, Denoiser, list[EncodedCandidates]]:
+    """The pipeline, the denoiser to train in it and each table's encoded examples.
+
+    The frozen parts are freed afterwards; if there are prompts for validation they wait on the CPU.
 
     The first table is trained on: the times of the others are not spread over its steps.
     """
@@ -93,8 +102,12 @@ def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> tuple[Denoiser,
         encode(config, config, pipeline, denoiser.family, table, strata=None if number else _strata(config))
         for number, table in enumerate(tables)
     ]
-    free(pipeline, denoiser.family)
-    return denoiser, examples
+    if config.validation_prompts:
+        for part in _frozen(denoiser.family):
+            getattr(pipeline, part).to("cpu")
+    else:
+        free(pipeline, denoiser.family)
+    return pipeline, denoiser, examples
 
 
 def encode(
@@ -114,7 +127,7 @@ def encode(
         raise InputError(
             f"--resolution {resolution} is no multiple of {pipeline.vae_scale_factor}, the VAE's reduction"
         )
-    for part in ("vae", *family.text_encoders):
+    for part in _frozen(family):
         getattr(pipeline, part).eval().to(PartialState().device)
     return encode_table(
         pipeline,
@@ -131,9 +144,27 @@ def encode(
 
 def free(pipeline: Any, family: Family) -> None:
     """Drop the parts that encode: nothing needs them in the steps."""
-    for part in ("vae", *family.text_encoders):
+    for part in _frozen(family):
         setattr(pipeline, part, None)
     gc.collect()
+
+
+def _frozen(family: Family) -> tuple[str, ...]:
+    return "vae", *family.text_encoders
+
+
+def _validation(
+    config: DiffusionConfig, trainer: PreferenceTrainer, pipeline: Any, family: Family
+) -> ValidationImages:
+    return ValidationImages(
+        trainer,
+        pipeline,
+        _frozen(family),
+        list(text_lines(Path(str(config.validation_prompts)))),
+        Sampler(config.validation_inference_steps, config.validation_guidance_scale),
+        every=config.validation_steps,
+        batch_size=config.per_device_eval_batch_size,
+    )
 
 
 def _denoiser(config: DiffusionConfig, pipeline: Any) -> Denoiser:

@@ -24,7 +24,8 @@ from prefopt.evaluation.scorers import Scorer
 from prefopt.evaluation.scoring import Scores, kept_scores, processes, quiet, write_results
 from prefopt.evaluation.summary import summarise
 from prefopt.evaluation.systems import check_each_once
-from prefopt.files import content_key, replacing, reporting_write_errors
+from prefopt.files import content_key, reporting_write_errors
+from prefopt.images import save_image
 from prefopt.store import Ledger
 
 SEEDS_APART = 1000  # from a prompt's seeds to the next prompt's
@@ -156,19 +157,13 @@ def _generate(jobs: Mapping[str, _Job], folder: Path, device: torch.device, batc
             batch_size=batch_size,
         )
         for key, image in zip(keys, images, strict=True):
-            _save(image, _image_path(folder, key))
+            save_image(image, _image_path(folder, key))
             progress.update()
     progress.close()
 
 
 def _image_path(folder: Path, key: str) -> Path:
     return folder / "images" / f"{key}.webp"
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    """Write lossless WebP whole or not at all; method 0 is several times faster than PNG."""
-    with reporting_write_errors(path), replacing(path) as partial:
-        image.save(partial, format="WEBP", lossless=True, method=0)
 
 
 def _score(jobs: Mapping[str, _Job], folder: Path, scorers: Sequence[Scorer]) -> dict[str, dict[str, Scores]]:

@@ -1,0 +1,121 @@
+"""Images of the same prompts and seeds while a model trains: to see what it learns."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+from transformers import TrainerCallback
+
+from prefopt.diffusion.generator import Sampler
+from prefopt.diffusion.sampling import sample
+from prefopt.files import replacing, reporting_write_errors
+from prefopt.images import save_image
+
+FOLDER, STRIPS = "validation", "strips.png"  # in a run's folder
+MOST_STEPS, THUMBNAIL = 12, 160  # of the strips
+
+
+class ValidationImages(TrainerCallback):
+    """Generates an image of each prompt at the start, every `every` steps and at the end, at one seed each.
+
+    They go to `OUTPUT_DIR/validation/step-N`, side by side into `strips.png`, and to tensorboard and wandb.
+    The first of several processes generates. What is there is not generated again.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        pipeline: Any,
+        parts: Sequence[str],
+        prompts: Sequence[str],
+        sampler: Sampler,
+        *,
+        every: int,
+        batch_size: int,
+    ):
+        self.trainer, self.pipeline, self.parts = trainer, pipeline, parts  # those that only generating needs
+        self.prompts, self.sampler = list(prompts), sampler
+        self.every, self.batch_size = every, batch_size
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """What the model draws before its first step."""
+        if state.global_step == 0:
+            self._show(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """What it draws now."""
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._show(state.global_step)
+
+    def _show(self, step: int) -> None:
+        if not self.trainer.is_world_process_zero():
+            return
+        folder = Path(self.trainer.args.output_dir, FOLDER)
+        paths = [folder / f"step-{step:06d}" / f"{number:03d}.webp" for number in range(len(self.prompts))]
+        if not all(path.exists() for path in paths):
+            with reporting_write_errors(folder):
+                paths[0].parent.mkdir(parents=True, exist_ok=True)
+            images = self._generate()
+            for path, image in zip(paths, images, strict=True):
+                save_image(image, path)
+            self._track(images, step)
+        draw_strips(folder, self.prompts)
+
+    @torch.no_grad()
+    def _generate(self) -> list[Image.Image]:
+        device, trained = self.trainer.args.device, self.trainer.model.training
+        self.trainer.model.eval()
+        self._move(device)
+        with self.trainer.accelerator.autocast():
+            seeds = range(len(self.prompts))
+            images = list(
+                sample(self.pipeline, self.prompts, seeds, self.sampler, batch_size=self.batch_size)
+            )
+        self._move("cpu")  # the steps have the memory for themselves
+        self.trainer.model.train(trained)
+        return images
+
+    def _move(self, device: Any) -> None:
+        for name in self.parts:
+            part = getattr(self.pipeline, name)
+            if isinstance(part, nn.Module):
+                part.to(device)
+
+    def _track(self, images: Sequence[Image.Image], step: int) -> None:
+        """Hand the images to the trackers of the run that take images."""
+        arrays = [np.asarray(image) for image in images]
+        for callback in self.trainer.callback_handler.callbacks:
+            if writer := getattr(callback, "tb_writer", None):
+                for number, (prompt, array) in enumerate(zip(self.prompts, arrays, strict=True)):
+                    writer.add_image(f"validation/{number:03d} {prompt[:60]}", array, step, dataformats="HWC")
+            wandb = getattr(callback, "_wandb", None)
+            if wandb is not None and wandb.run is not None:
+                shown = [wandb.Image(array, caption=p) for p, array in zip(self.prompts, arrays, strict=True)]
+                wandb.log({"validation": shown, "train/global_step": step})
+
+
+def draw_strips(folder: Path, prompts: Sequence[str]) -> None:
+    """Draw a strip of each prompt's images over the steps, at most `MOST_STEPS`, to `strips.png`."""
+    steps = sorted(folder.glob("step-*"))
+    if len(steps) > MOST_STEPS:
+        steps = [steps[place] for place in np.linspace(0, len(steps) - 1, MOST_STEPS).round().astype(int)]
+    figure = Figure(figsize=(1.3 * len(steps), 1.6 * len(prompts)), layout="constrained")
+    for number, (prompt, strip) in enumerate(
+        zip(prompts, figure.subfigures(len(prompts), 1, squeeze=False)[:, 0], strict=True)
+    ):
+        strip.suptitle(prompt[: 18 * len(steps)], x=0.02, ha="left", fontsize=8, parse_math=False)
+        for step, axis in zip(steps, strip.subplots(1, len(steps), squeeze=False)[0], strict=True):
+            axis.axis("off")
+            path = step / f"{number:03d}.webp"
+            if path.exists():
+                with Image.open(path) as image:
+                    image.thumbnail((THUMBNAIL, THUMBNAIL))
+                    axis.imshow(image)
+            axis.set_title(f"step {int(step.name.partition('-')[2])}", fontsize=7)
+    with reporting_write_errors(folder), replacing(folder / STRIPS) as partial:
+        figure.savefig(partial, format="png", dpi=110)
