@@ -14,15 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # matplotlib knows no CSS: these stand-ins are replaced in the SVG's text.
-INK, RULE, WIN, TIE, LOSS = "#010203", "#010204", "#010205", "#010206", "#010207"
+INK, RULE, WIN, TIE, LOSS, MORE = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
 _STYLES = {
     INK: "currentColor",
     RULE: "var(--rule)",
     WIN: "var(--win)",
     TIE: "var(--tie)",
     LOSS: "var(--loss)",
+    MORE: "var(--more)",
 }
-_LINES = (WIN, LOSS, TIE, INK)
+_LINES = (WIN, LOSS, TIE, MORE, INK)
 
 _WIDTH = 4.4  # inches; narrow, so that the type stays legible on a phone
 _RC: dict[Any, Any] = {

@@ -57,6 +57,7 @@ def write_report(
             of="prompts",
             look_at="pictures",
             figures=_figures(summary, [Path(run) for run in runs]),
+            strips=_strips([Path(run) for run in runs]),
             shown=_shown(summary),
             galleries=_galleries(summary, rows, shown),
             embedded=lambda image: _embedded_file(folder / image),
@@ -234,6 +235,15 @@ def _galleries(summary: Mapping, rows: Sequence[Mapping], shown: int) -> list[di
         for name, pairs, measure in sections
         if pairs
     ]
+
+
+def _strips(runs: Sequence[Path]) -> dict[str, str]:
+    """The images that runs generated while they trained, as data URIs, by the run's name."""
+    strips = {}
+    for run in runs:
+        if (path := run / "validation" / "strips.png").is_file():
+            strips[run.name] = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return strips
 
 
 def _embedded_file(path: Path) -> dict:

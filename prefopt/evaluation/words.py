@@ -71,6 +71,34 @@ def at_best(best: Mapping, family: str) -> str:
     )
 
 
+def at_their_best(best: Mapping, metric: str) -> dict[str, Mapping | None]:
+    """Of each family its `mean` by a metric, at its best; of all but the first its contrast with that one."""
+    first, *others = best["chosen"]
+    to_first = {
+        contrast["system"]: contrast["metrics"].get(metric)
+        for contrast in best["contrasts"]
+        if contrast["against"] == first
+    }
+    base = next((found["mean_against"] for found in to_first.values() if found), None)
+    return {first: None if base is None else {"mean": base}} | {name: to_first.get(name) for name in others}
+
+
+def best_sentence(best: Mapping, titles: Mapping[str, str], told: Mapping[str, Mapping]) -> str:
+    """Which system is surely better than the first by what the best was chosen by, and by how much most."""
+    metric = best["chosen_by"]
+    first, *others = best["chosen"]
+    found = {name: entry for name, entry in at_their_best(best, metric).items() if name != first and entry}
+    gains = {name: entry for name, entry in found.items() if _direction(entry) > 0}
+    if not gains:
+        return f"By {titles[metric]}, none of {', '.join(others)} is surely better than {first}."
+    most = max(gains, key=lambda name: gains[name]["better"] * gains[name]["difference"]["mean"])
+    also = [name for name in gains if name != most]
+    sentence = difference_sentence(titles[metric], told[metric]["kind"], gains[most])
+    return f"{most} gains most over {first}: {sentence}" + (
+        f" So do, by less: {', '.join(also)}." if also else ""
+    )
+
+
 def edge_warning(best: Mapping) -> str | None:
     """A warning when the best guidance of some families is the least or the most that was tried."""
     if not best["at_edge"]:

@@ -258,6 +258,29 @@ def test_figures_are_said_in_words():
 TITLES = {"clip": "CLIP score", "oracle/all": "oracle accuracy"}
 
 
+def test_the_best_are_told_in_a_sentence_and_a_row_each():
+    best = {"chosen_by": "score", "chosen": dict.fromkeys(("base", "sft", "dpo", "cpo"))}
+    pairs = [("sft", 2.0, 1.0, 3.0), ("dpo", 4.0, 1.0, 7.0), ("cpo", 9.0, -1.0, 19.0)]
+    best["contrasts"] = [
+        {"system": name, "against": "base", "metrics": {"score": contrast(mean, low, high)}}
+        for name, mean, low, high in pairs
+    ]
+    best["contrasts"].append(
+        {"system": "dpo", "against": "sft", "metrics": {"score": contrast(2.0, 1.0, 3.0)}}
+    )
+    rows = words.at_their_best(best, "score")
+    assert list(rows) == ["base", "sft", "dpo", "cpo"] and rows["base"].keys() == {"mean"}
+    assert rows["dpo"]["difference"]["mean"] == 4.0
+    assert words.at_their_best(best, "other") == dict.fromkeys(rows)
+    titles, told = {"score": "the score"}, {"score": {"kind": "score"}}
+    sentence = words.best_sentence(best, titles, told)
+    assert sentence.startswith("dpo gains most over base: the score ") and "+4.00" in sentence
+    assert sentence.endswith("So do, by less: sft."), "cpo's interval holds 0"
+    best["contrasts"] = best["contrasts"][2:3]
+    said = words.best_sentence(best, titles, told)
+    assert said == "By the score, none of sft, dpo, cpo is surely better than base."
+
+
 def test_a_judge_that_is_pleased_while_the_truth_falls_is_pointed_out():
     entry = {"metrics": {"clip": contrast(0.1, 0.05, 0.2), "oracle/all": contrast(-0.1, -0.2, -0.05)}}
     warning = words.disagreement(entry, TITLES)
@@ -465,9 +488,8 @@ def test_a_sweep_has_a_report_that_opens_with_each_ones_best(models, tmp_path, m
         json.loads((tmp_path / "summary.json").read_text()),
     )
     assert summary["best"]["chosen_by"] == "oracle/all"
-    assert page.index("dpo against base, each at its best") < page.index(
-        "dpo, guidance 1 against base, guidance 1"
-    )
+    places = [page.index(title) for title in ("Each at its best", "Every two systems", "At equal settings")]
+    assert places == sorted(places) and "none of dpo is surely better than base" in page
     assert "Too few to claim: 4 prompts" in page and "By part: animal" in page
     assert page.count("<svg") == 2 + 2  # win bars, curves over guidance
     assert page.count("<figure>\n<img") == 2 * 8, "the best variant of each"
