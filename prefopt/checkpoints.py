@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from prefopt.errors import InputError
-from prefopt.files import reporting_write_errors
+from prefopt.files import make_readable, reporting_write_errors
 from prefopt.runs import Ema
 
 STAGING = "unfinished"  # no name that transformers takes for a checkpoint
@@ -104,6 +104,7 @@ class CheckpointingTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
         if self.ema and self._staging:
             self.ema.save(folder)
+        make_readable(*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors"))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -52,6 +52,11 @@ class PreferenceConfig(TrainingArguments):
     ema_decay: float | None = option(
         None, "Save an exponential moving average of the trained weights, e.g. 0.999."
     )
+    early_stopping_patience: int | None = option(
+        None,
+        "Stop after N measurements without a lower eval_loss, and keep the weights of the lowest; measure "
+        "and save at the same steps (default: never).",
+    )
     resume_from_checkpoint: str | None = option(
         None,
         "Continue from this checkpoint; no value: from the last complete one in OUTPUT_DIR.",
@@ -73,12 +78,19 @@ class PreferenceConfig(TrainingArguments):
         self._refuse_idle()
         # Without an accelerator, half precision is the CPU's own affair; transformers wants to be told.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
+        if self.early_stopping_patience is not None:
+            if self.eval_strategy == "no":
+                raise InputError("--early_stopping_patience goes by eval_loss; add --eval_strategy steps")
+            self.load_best_model_at_end = True
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise InputError(str(error)) from error
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed is {self.seed}; a seed lies between 0 and 2^32 - 1")
         self._check_trackers()
-        check_interval(self, "[1, inf)", "visits")
+        check_interval(self, "[1, inf)", "visits", "early_stopping_patience")
         check_interval(self, "(0, 1)", "ema_decay")
 
     def _refuse_idle(self) -> None:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from prefopt.errors import InputError
 
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # what its errors name
+os.umask(_mask := os.umask(0))
+_NEW_FILE = 0o666 & ~_mask  # permissions
 _locked: dict[Path, IO[str]] = {}  # the folders that this process has locked, with their lock files
 
 
@@ -87,6 +89,13 @@ def reporting_write_errors(what: object) -> Iterator[None]:
         ) from error
 
 
+def make_readable(*paths: Path) -> None:
+    """Give files the permissions of any new file; safetensors writes them for their owner alone."""
+    for path in paths:
+        if path.is_file():
+            path.chmod(_NEW_FILE)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when all is written; after an error nothing of it stays."""
@@ -94,6 +103,7 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         yield partial
+        make_readable(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

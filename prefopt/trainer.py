@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
+from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -98,6 +99,8 @@ class PreferenceTrainer(CheckpointingTrainer):
         if args.ema_decay:
             self.ema = Ema(args.ema_decay)
             self.add_callback(self.ema)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress())
 

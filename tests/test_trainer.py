@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ from prefopt.errors import InputError
 from prefopt.reference import adapters_off
 
 LN2 = math.log(2)
+
+
+def umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +70,32 @@ def test_a_split_that_is_not_trained_on_is_measured_at_the_same_draws_each_time(
         scored = trainer.score(trainer.model.eval(), batch)
     expected = trainer.objective(scored, None, batch).losses.mean().item()
     assert measured[0]["eval_loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_it_stops_when_what_is_held_out_gets_no_better_and_keeps_the_best_weights(setting, tmp_path):
+    """The labels of these pictures are noise: what is learned of them is no use for others."""
+    data = Path(write_pairs(tmp_path / "data", 12))
+    Path(write_pairs(tmp_path / "other", 5), "train.parquet").rename(data / "test.parquet")
+    stopping = {"dataset_name": str(data), "dataset_test_split": "test", "early_stopping_patience": 2}
+    stopping |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options = {**setting, **stopping, "learning_rate": 0.3}
+    trainer = train(options, tmp_path / "run", max_steps=9, lr_scheduler_type="constant")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = min(measured, key=measured.__getitem__)
+    assert trainer.state.global_step == max(measured) == best + 2 < 9
+    kept, saved = (
+        load_file(folder / ADAPTER_FILE)
+        for folder in (tmp_path / "run" / f"checkpoint-{best}", tmp_path / "run")
+    )
+    assert all(torch.equal(saved[name], value) for name, value in kept.items())
+    with pytest.raises(InputError, match="add --eval_strategy steps"):
+        train(setting, tmp_path / "other", early_stopping_patience=2)
+
+
+def test_what_is_written_can_be_read_by_others(plain_run):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in plain_run.iterdir() if path.is_file()}
+    assert modes[ADAPTER_FILE] == modes["config.json"] == 0o666 & ~umask()
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from PIL import Image
 from prefopt.diffusion.generator import Generator, Sampler, adapter_file, pipeline_folder
 from prefopt.diffusion.lora import load_adapter, set_adapter_scale
 from prefopt.errors import InputError
-from prefopt.files import reporting_write_errors
+from prefopt.files import make_readable, reporting_write_errors
 from prefopt.loading import UNUSABLE, load_parts
 
 
@@ -70,6 +70,7 @@ def save_pipeline(model_name_or_path: str, revision: str | None, component: str,
     setattr(pipeline, component, kind.from_pretrained(folder / component, use_safetensors=True))
     with reporting_write_errors(folder):
         pipeline.save_pretrained(folder)
+    make_readable(*folder.glob("*/*.safetensors"))
 
 
 def sample(

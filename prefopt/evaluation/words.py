@@ -71,7 +71,7 @@ def at_best(best: Mapping, family: str) -> str:
     )
 
 
-def at_their_best(best: Mapping, metric: str) -> dict[str, Mapping | None]:
+def at_their_best(best: Mapping, metric: str) -> Mapping[str, Mapping | None]:
     """Of each family its `mean` by a metric, at its best; of all but the first its contrast with that one."""
     first, *others = best["chosen"]
     to_first = {
