@@ -176,6 +176,7 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
 
     model_name_or_path: str = option("", "The model to train: a folder or a hub id.")
     model_revision: str | None = option(None, "Revision of the model on the hub.")
+    max_train_samples: int | None = option(None, "Train on the first N examples (default: all).")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32",
         "Precision of the frozen weights; trained weights stay float32. --bf16 and --fp16 set the precision "
@@ -189,6 +190,7 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
             raise InputError("--model_name_or_path is missing; name a folder or a hub id")
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name")
         check_paths_exist(self, "model_name_or_path", "dataset_name", "adapter_name_or_path")
+        check_interval(self, "[1, inf)", "max_train_samples")
         self._check_evaluation()
         if self.adapter_name_or_path and not self.use_peft:
             raise InputError("--adapter_name_or_path trains that adapter; leave out --no_use_peft")

@@ -72,6 +72,15 @@ def test_a_split_that_is_not_trained_on_is_measured_at_the_same_draws_each_time(
     assert measured[0]["eval_loss"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_first_examples_alone_are_encoded_and_trained_on(setting, tmp_path):
+    options = {**setting, "cache_dir": str(tmp_path / "cache")}
+    trainer = train(options, tmp_path / "run", max_train_samples=5)
+    assert len(trainer.train_dataset) == 5
+    everything = train(options, tmp_path / "all", max_train_samples=99)
+    assert len(everything.train_dataset) == 12
+    assert trainer.train_dataset.table.column("sha256") == everything.train_dataset.table.column("sha256")[:5]
+
+
 def test_it_stops_when_what_is_held_out_gets_no_better_and_keeps_the_best_weights(setting, tmp_path):
     """The labels of these pictures are noise: what is learned of them is no use for others."""
     data = Path(write_pairs(tmp_path / "data", 12))

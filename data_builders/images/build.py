@@ -1,5 +1,6 @@
 """A build of image candidates: its passes over blocks, then tables, card and gallery from their results."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,7 +8,7 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -43,6 +44,21 @@ from prefopt.judges.reward import RUBRIC as REWARD
 from prefopt.judges.rubric import Rubric
 from prefopt.loading import Lazy
 from prefopt.store import Ledger
+
+# What decides on tables besides the images.
+DECIDING = ("rubric", "question_weights", "judge_model_name_or_path", "judge_url")
+DECIDING += ("discriminator_name_or_path",)
+
+
+def replaced(folder: Path, settings: Mapping[str, Any]) -> str:
+    """A sentence if the folder's tables are of another rubric, judge or discriminator, else nothing."""
+    try:
+        before = json.loads((folder / "BUILD.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError):
+        return ""
+    changed = [name for name in DECIDING if before.get(name) != json.loads(json.dumps(settings[name]))]
+    told = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" for name in changed)
+    return f"{folder}: this replaces tables that were made with {told}" if changed else ""
 
 
 class Opinions(NamedTuple):
@@ -80,6 +96,8 @@ class Build:
             raise InputError(
                 f"--rubric {config.rubric}: {self.rubric.checks[0].name} is a detector's; name a --detector"
             )
+        if state.is_main_process and (said := replaced(folder, asdict(config))):
+            print(said, flush=True)
         work, process = folder / "work", state.process_index
         generate = self._generate(work, torch.device(str(state.device)))
         images = Images([each.blocks for each in generate])

@@ -7,7 +7,7 @@ is broken stops the run.
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ class Table:
     def __str__(self) -> str:
         dropped = f" (dropped: {_reasons(self.dropped)})" if self.dropped else ""
         return f"{self.source}: {len(self)} rows{dropped}"
+
+    def first(self, number: int | None) -> "Table":
+        """The first examples; None: all."""
+        if number is None or number >= len(self):
+            return self
+        return replace(self, facts=self.facts.select(range(number)))
 
     def where(self, index: int) -> str:
         """What an error calls the example `index`."""

@@ -52,6 +52,7 @@ def train(
             )
             for split in splits
         ]
+    tables[0] = tables[0].first(config.max_train_samples)
     for table in tables:
         state.print(table)
         objective.check_labels(table.soft_labels)

@@ -141,11 +141,17 @@ def trainer_of(
 def split(config: VlmConfig, examples: VisionExamples) -> tuple[VisionExamples, VisionExamples | None]:
     """The examples to train on, and those that the options hold out, by image."""
     if config.test_size is None:
-        return examples, None
+        return _first(examples, config.max_train_samples), None
     size = config.test_size if config.test_size < 1 else int(config.test_size)
     train, test = split_by_image(examples, size, config.split_seed)
     PartialState().print(f"{len(train)} examples to train on, {len(test)} held out by image")
-    return examples.select(train), examples.select(test)
+    return _first(examples.select(train), config.max_train_samples), examples.select(test)
+
+
+def _first(examples: VisionExamples, number: int | None) -> VisionExamples:
+    if number is None or number >= len(examples):
+        return examples
+    return examples.select(range(number))
 
 
 def _groups(examples: VisionExamples) -> list[Hashable]:

@@ -1,6 +1,7 @@
 """The pairs builder: stages, reasons, the same dataset from any number of processes and after a crash."""
 
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,7 @@ from data_builders.engine.tables import PAIRS
 from data_builders.export import writers
 from data_builders.export.tables import EXPORTS
 from data_builders.export.writers import in_test, write_exports
+from data_builders.images.build import replaced
 from data_builders.images.generation import candidate_seed, encode, expand
 from data_builders.images.selection import (
     NO_MARGIN,
@@ -340,6 +342,19 @@ class Broken:
             [Answer({YES: p, NO: 1 - p}) for _ in case.questions]
             for case, p in zip(cases, rewards, strict=True)
         ]
+
+
+def test_another_rubric_in_the_folder_says_what_it_replaces(tmp_path):
+    settings = {"rubric": "reward", "question_weights": [], "judge_model_name_or_path": "pocket"}
+    settings |= {"judge_url": None, "discriminator_name_or_path": None}
+    assert replaced(tmp_path, settings) == "", "nothing is there"
+    (tmp_path / "BUILD.json").write_text(json.dumps({"settings": settings}))
+    assert replaced(tmp_path, settings) == ""
+    said = replaced(tmp_path, settings | {"rubric": "mine.yaml", "question_weights": ["a=2"]})
+    assert said.endswith(
+        "this replaces tables that were made with rubric reward (now mine.yaml), "
+        "question_weights [] (now ['a=2'])"
+    )
 
 
 def test_a_score_that_is_not_finite_makes_its_candidate_invalid(workplace):
