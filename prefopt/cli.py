@@ -23,33 +23,10 @@ from yaml import YAMLError
 
 from prefopt.errors import InputError
 from prefopt.files import exclusive_lock
+from prefopt.options import COMMON_OPTIONS
 
 Config = TypeVar("Config")
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
-
-COMMON_OPTIONS = {
-    "bf16",
-    "dataloader_num_workers",
-    "fp16",
-    "gradient_accumulation_steps",
-    "activation_checkpointing",
-    "learning_rate",
-    "logging_steps",
-    "lr_scheduler_type",
-    "max_steps",
-    "num_train_epochs",
-    "optim",
-    "output_dir",
-    "per_device_train_batch_size",
-    "push_to_hub",
-    "report_to",
-    "resume_from_checkpoint",
-    "save_steps",
-    "save_total_limit",
-    "seed",
-    "torch_compile",
-    "warmup_steps",
-}
 
 
 class Parser(TrlParser):

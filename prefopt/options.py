@@ -7,6 +7,31 @@ from typing import Any
 
 from prefopt.errors import InputError
 
+# Of transformers' options, those that people use.
+COMMON_OPTIONS = {
+    "bf16",
+    "dataloader_num_workers",
+    "fp16",
+    "gradient_accumulation_steps",
+    "activation_checkpointing",
+    "learning_rate",
+    "logging_steps",
+    "lr_scheduler_type",
+    "max_steps",
+    "num_train_epochs",
+    "optim",
+    "output_dir",
+    "per_device_train_batch_size",
+    "push_to_hub",
+    "report_to",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_total_limit",
+    "seed",
+    "torch_compile",
+    "warmup_steps",
+}
+
 
 def option(default: Any, help: str, **parser: Any) -> Any:
     """A field of a config: its default, and its help on the command line; `parser` is argparse's."""

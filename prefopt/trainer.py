@@ -28,6 +28,7 @@ from prefopt.draws import VisitSampler
 from prefopt.errors import InputError
 from prefopt.files import exclusive_lock, reporting_write_errors
 from prefopt.losses import reward_metrics
+from prefopt.model_card import write_card
 from prefopt.objectives import Batch, Loss, Objective, Scored
 from prefopt.reference import cache_reference, reference_model, where
 from prefopt.runs import Ema, Interrupt, MetricsFile, Progress, write_config
@@ -147,6 +148,20 @@ class PreferenceTrainer(CheckpointingTrainer):
         if self.interrupt.stopping:
             raise KeyboardInterrupt(f"checkpoint kept at step {self.state.global_step} of {output_dir}")
         return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what was trained, and a card beside it."""
+        super().save_model(output_dir, _internal_call)
+        if not self._staging:
+            self.create_model_card(folder=output_dir)
+
+    def create_model_card(self, *args: Any, folder: str | None = None, **kwargs: Any) -> None:
+        """Write README.md, which the hub shows, in place of transformers' own."""
+        if self.is_world_process_zero():
+            run = Path(str(self.args.output_dir))
+            target = Path(folder) if folder else run
+            with reporting_write_errors(target):
+                write_card(target, run, self.args, arithmetic=self.arithmetic(), about=self.about)
 
     def arithmetic(self) -> str:
         """How the examples make steps, in words."""

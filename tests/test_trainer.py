@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pictures import write_pairs
 from running import logged, train
 from safetensors.torch import load_file
@@ -100,6 +101,18 @@ def test_it_stops_when_what_is_held_out_gets_no_better_and_keeps_the_best_weight
     assert all(torch.equal(saved[name], value) for name, value in kept.items())
     with pytest.raises(InputError, match="add --eval_strategy steps"):
         train(setting, tmp_path / "other", early_stopping_patience=2)
+
+
+def test_a_card_lies_beside_the_adapter(setting, tmp_path):
+    train(setting, tmp_path / "my-run", max_steps=2, lora_alpha=4)
+    card = (tmp_path / "my-run" / "README.md").read_text()
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header) == {"tags": ["prefopt", "lora"]}, "no hub ids here"
+    assert "# my-run" in body and "| `lora_alpha` | 4 |" in body and "from sd15 on pairs: 12 examples" in body
+    assert (
+        "| `learning_rate` | 0.001 |" in body and f"| loss | {logged(tmp_path / 'my-run')[-1]:.4g} |" in body
+    )
+    assert str(tmp_path) not in card and str(Path(setting["model_name_or_path"]).parent) not in card
 
 
 def test_what_is_written_can_be_read_by_others(plain_run):
