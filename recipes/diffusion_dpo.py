@@ -34,8 +34,8 @@ class DiffusionDPOConfig(DiffusionConfig, ObjectiveOptions):
 
     beta_dpo: float = option(
         5000.0,
-        "The paper's beta: the logit is half of it times the difference of errors. diffusers' script does not "
-        "halve its own: its 2500 is 5000 here.",
+        "The paper's beta: the logit is half of it times the difference of errors. diffusers' script does "
+        "not halve its own: its 2500 is 5000 here.",
     )
     output_dir: str = option("runs/diffusion_dpo", "Folder for the adapter, checkpoints and logs.")
     learning_rate: float = option(1e-4, "The initial learning rate.")
