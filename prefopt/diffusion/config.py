@@ -62,7 +62,7 @@ class DiscriminatorArguments:
         "Add a discriminator's term to the loss: what recipes/discriminator.py wrote, a hub id or `pocket` "
         "(default: none).",
     )
-    discriminator_weight: float = option(0.1, "Weight of that term, softplus(-d(predicted clean latents)).")
+    discriminator_weight: float = option(2.0, "Weight of that term, softplus(-d(predicted clean latents)).")
     discriminator_window: list[float] = option(
         [0.0, 0.5],
         "Part of the noise schedule in which the term counts, from least noise to most, in [0, 1].",
