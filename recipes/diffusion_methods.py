@@ -83,7 +83,7 @@ class MethodsConfig:
                 raise InputError("--dataset_config belongs to a --dataset_name: name that, too")
         elif self.build is not None:
             raise InputError("--build makes what --dataset_name names: leave one of them out")
-        presets = {name: CONFIGS / f"diffusion_methods_{name}_pocket.yaml" for name in files}
+        presets = {name: CONFIGS / f"methods_{name}_pocket.yaml" for name in files}
         fill_presets(self, presets, self.model_name_or_path)
         if self.cpo and "discriminator_name_or_path" in options_of(self.cpo):
             raise InputError(

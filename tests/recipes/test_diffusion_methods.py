@@ -15,7 +15,7 @@ from prefopt.errors import InputError
 CONFIGS = ROOT / "recipes" / "configs"
 CLASSES = {"sft": "DiffusionSFTConfig", "dpo": "DiffusionDPOConfig", "cpo": "DiffusionCPOConfig"}
 REAL = {"model_name_or_path": "some/model", "discriminator_name_or_path": "some/discriminator"}
-FILES = {name: str(CONFIGS / f"diffusion_methods_{name}_pocket.yaml") for name in (*CLASSES, "compare")}
+FILES = {name: str(CONFIGS / f"methods_{name}_pocket.yaml") for name in (*CLASSES, "compare")}
 
 
 @pytest.fixture(scope="module")
