@@ -43,12 +43,12 @@ class ValidationImages(TrainerCallback):
         self.every, self.batch_size = every, batch_size
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """What the model draws before its first step."""
+        """What the model generates before its first step."""
         if state.global_step == 0:
             self._show(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """What it draws now."""
+        """What it generates now."""
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self._show(state.global_step)
 

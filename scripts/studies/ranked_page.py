@@ -58,7 +58,7 @@ The base has {base} all right. With {trials} trials a few points between two of 
 
 The discriminator's mean logit and the oracle's accuracy on {hacked} captions of training scenes at guidance
 {equal:g}, over the steps of CPO without its term and with a heavy one. Where the logit rises and the oracle
-does not, the model has learned to please the discriminator, not to draw what is asked.
+does not, the model has learned to please the discriminator, not to show what is asked.
 
 | checkpoint | discriminator | oracle: all right | judge |
 |---|---|---|---|
