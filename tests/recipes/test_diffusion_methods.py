@@ -116,7 +116,13 @@ def test_what_cannot_be_compared_is_said_at_once(methods, options, said):
 @pytest.mark.slow
 def test_by_path_all_are_trained_and_compared_on_one_page_and_nothing_is_done_twice(tmp_path):
     """The whole recipe on the pocket, each step at its smallest."""
-    training = {"max_steps": 2, "per_device_train_batch_size": 2, "lora_r": 2, "save_steps": 1}
+    training = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "lora_r": 2,
+        "save_steps": 1,
+        "logging_steps": 1,
+    }
     compare = {"num_prompts": 4, "num_seeds": 1, "num_inference_steps": 1, "guidance_scales": [1.0, 2.0]}
     files = {
         "build": {"num_prompts": 4, "candidates": 2, "num_inference_steps": 1, "gallery": False},
