@@ -13,7 +13,6 @@ from prefopt.options import check_interval, check_paths_exist, option
 LATEST = "latest"
 LORA = {"lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False}  # of a fresh adapter
 
-
 # Options of the Trainer that nothing here reads, and what to use in their place.
 IDLE = {
     "label_smoothing_factor": ": --label_smoothing is that of preferences",

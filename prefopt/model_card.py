@@ -1,6 +1,5 @@
 """README.md beside trained weights: what they are, how they were trained, on what, and how it went."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import TrainingArguments
 from prefopt.config import PreferenceConfig
 from prefopt.files import write_atomically
 from prefopt.options import COMMON_OPTIONS
-from prefopt.runs import versions
+from prefopt.runs import VALIDATION_STRIPS, read_metrics, versions
 
 # Where a run was and what surrounded it: of no use to others, or told elsewhere in the card.
 _PRIVATE = {"output_dir", "cache_dir", "resume_from_checkpoint", "model_name_or_path", "dataset_name"}
@@ -55,12 +54,12 @@ def write_card(
     header = {"tags": ["prefopt", *(["lora"] if getattr(config, "use_peft", False) else [])]}
     header |= {"base_model": model} if model and "/" in model else {}
     header |= {"datasets": [data]} if data and "/" in data else {}
-    rows = _rows(run / "metrics.jsonl")
+    rows = read_metrics(run)
     last = next((row for row in reversed(rows) if "loss" in row), {})
     figures = [(name, last[name]) for name in _SHOWN if name in last]
     held_out = next((row for row in reversed(rows) if "eval_loss" in row), {})
     figures += [(name, held_out[name]) for name in (f"eval_{shown}" for shown in _SHOWN) if name in held_out]
-    has_images = (run / "validation" / "strips.png").is_file() and folder == run
+    has_images = (run / VALIDATION_STRIPS).is_file() and folder == run
     card = CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),
         title=run.name,
@@ -71,7 +70,7 @@ def write_card(
         options="\n".join(f"| `{name}` | {value} |" for name, value in _changed(config).items()),
         step=last.get("step", 0),
         figures="\n".join(f"| {name} | {value:.4g} |" for name, value in figures),
-        images="\n![images of the same prompts and seeds over the steps](validation/strips.png)\n"
+        images=f"\n![images of the same prompts and seeds over the steps]({VALIDATION_STRIPS})\n"
         if has_images
         else "",
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -97,9 +96,3 @@ def _changed(config: PreferenceConfig) -> dict[str, Any]:
             continue
         changed[field.name] = _public(value) if isinstance(value, str) else value
     return changed
-
-
-def _rows(file: Path) -> list[dict]:
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -57,11 +57,23 @@ def write_config(folder: Path, args: TrainingArguments, **more: Any) -> None:
     write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
 
 
+METRICS_FILE = "metrics.jsonl"  # in a run's folder
+VALIDATION_STRIPS = Path("validation", "strips.png")  # the same, if it generated images
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The objects of a run's metrics.jsonl, one for each log; none if there is no such file."""
+    path = run / METRICS_FILE
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 class MetricsFile:
     """metrics.jsonl: one object for each log; on resuming, lines after the checkpoint's step are removed."""
 
     def __init__(self, folder: Path, *, after: int):
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         kept = self.path.read_text().splitlines() if after and self.path.exists() else []
         whole = [line for line in kept if line.endswith("}")]  # a killed run, or a full disk, tears the last
         lines = [line for line in whole if json.loads(line)["step"] <= after]

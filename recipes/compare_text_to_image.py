@@ -34,14 +34,13 @@ from prefopt.diffusion.generator import (
     changed,
 )
 from prefopt.errors import InputError
-from prefopt.evaluation.options import CriticOptions
+from prefopt.evaluation.options import CriticOptions, JudgeOptions
 from prefopt.evaluation.systems import parse_system
-from prefopt.judges.rubric import Rubric
 from prefopt.options import check_paths_exist, option
 
 
 @dataclass
-class CompareConfig(CriticOptions, GenerationOptions):
+class CompareConfig(CriticOptions, JudgeOptions, GenerationOptions):
     """What is compared, on what, and how images are generated."""
 
     systems: list[str] = option(
@@ -73,14 +72,6 @@ class CompareConfig(CriticOptions, GenerationOptions):
         "Also score by a discriminator: what recipes/discriminator.py wrote, a hub id or `pocket` (default: "
         "none).",
     )
-    judge_model_name_or_path: str | None = option(
-        None,
-        "Also score by a judge, best one that chose no training data: a VLM, or with --rubric reward a "
-        "reward model; a folder, a hub id or `pocket` (default: none).",
-    )
-    judge_revision: str | None = option(None, "Revision of the judge on the hub.")
-    judge_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the judge.")
-    rubric: str = option("whole_prompt", "The judge's questions: a YAML file, or one of ours by name.")
     oracle: Literal["auto", "on", "off"] = option(
         "auto", "Also score by the pocket's oracle; auto: if the prompts are the pocket's."
     )
@@ -92,24 +83,14 @@ class CompareConfig(CriticOptions, GenerationOptions):
     def __post_init__(self) -> None:
         GenerationOptions.__post_init__(self)
         CriticOptions.__post_init__(self)
+        JudgeOptions.__post_init__(self)
         if self.critic == pocket.NAME and not self.critic_url:
             raise InputError(
                 "the critic `pocket` grades answers to questions, not images for prompts: name another, or "
                 "leave --critic out; the pocket's images are graded by --oracle"
             )
         pocket.fill_defaults(self, [self.model_name_or_path], "prompts", "clip_model_name_or_path")
-        check_paths_exist(
-            self, "clip_model_name_or_path", "discriminator_name_or_path", "judge_model_name_or_path"
-        )
-        if self.judge_model_name_or_path:
-            rubric = Rubric.load(self.rubric)
-            if rubric.needs_class or rubric.checks:
-                raise InputError(
-                    f"--rubric {self.rubric}: it asks about {{class}} or needs a detector, and a comparison "
-                    "has images and prompts alone"
-                )
-        elif self.judge_revision or self.rubric != "whole_prompt":
-            raise InputError("--rubric, --judge_revision: name the --judge_model_name_or_path, too")
+        check_paths_exist(self, "clip_model_name_or_path", "discriminator_name_or_path")
         if self.prompts != pocket.NAME and not Path(str(self.prompts)).is_file():
             raise InputError(f"no prompts file {self.prompts}")
         _ = self.families
@@ -154,7 +135,6 @@ class CompareConfig(CriticOptions, GenerationOptions):
 
 def main(config: CompareConfig) -> None:
     """Generate, score, compare and write the report."""
-    import torch
     from rich.console import Console
 
     from data_builders.prompts.reading import held_out_captions, scenes_of
@@ -168,7 +148,6 @@ def main(config: CompareConfig) -> None:
     )
     from prefopt.evaluation.text_to_image import compare, processes
     from prefopt.files import text_lines
-    from prefopt.judges.loading import lazy_judge
 
     state = processes()
     device = str(state.device)
@@ -181,12 +160,11 @@ def main(config: CompareConfig) -> None:
     if config.oracle == "on" or (config.oracle == "auto" and is_pocket):
         scorers.append(oracle_scorer(device))
     if config.discriminator_name_or_path:
-        scorers.append(discriminator_scorer(config.discriminator_name_or_path, device=device))
+        scorers.append(discriminator_scorer(config.discriminator_name_or_path, device))
     if config.judge_model_name_or_path:
-        rubric, name = Rubric.load(config.rubric), config.judge_model_name_or_path
-        loading = {"device": device, "dtype": getattr(torch, config.judge_dtype)}
-        judge = lazy_judge(name, config.judge_revision, rubric=rubric, **loading)
-        scorers.append(judge_scorer(judge, rubric, name))
+        scorers.append(
+            judge_scorer(config.judge(device), config.judge_rubric, config.judge_model_name_or_path)
+        )
     if config.critic:
         words = "image_typed" if config.critic_typed else "image_text"
         scorers.append(critic_scorer(config.lazy_critic(device, words), config.critic))

@@ -68,8 +68,9 @@ def main(config: DiscriminatorConfig):
 
     from prefopt.diffusion.discriminating import calibrate, logits_of, train_discriminator
     from prefopt.diffusion.tables import read_preferences
-    from prefopt.evaluation.discrimination import discrimination, draw_strips
+    from prefopt.evaluation.discrimination import discrimination, ordered_strip
     from prefopt.images import open_image
+    from prefopt.strips import draw_strips
 
     source: Any = {"config": config.dataset_config, "revision": config.dataset_revision}
     with PartialState().main_process_first():  # then the others read its cache
@@ -96,17 +97,17 @@ def main(config: DiscriminatorConfig):
         figures = discrimination(logits[half:].numpy(), ranks[half:].numpy())
         Path(str(config.output_dir), "test.json").write_text(json.dumps(figures, indent=2) + "\n")
         print(json.dumps(figures, indent=2))
-        shown = slice(half, half + SHOWN)  # of those that did not calibrate
-        pictures = [
-            [
-                open_image(*held_out.table.image(index, place))
-                for place in range(int((ranks[index] > 0).sum()))
-            ]
-            for index in range(len(ranks))[shown]
+        table, shown = held_out.table, range(len(ranks))[half : half + SHOWN]  # none that calibrated
+        strips = [
+            ordered_strip(
+                [open_image(*table.image(index, place)) for place in range(int((ranks[index] > 0).sum()))],
+                logits[index].numpy(),
+                ranks[index].numpy(),
+            )
+            for index in shown
         ]
-        prompts = held_out.table.column("prompt")[shown]
-        strips = Path(str(config.output_dir), "test.png")
-        draw_strips(strips, prompts, pictures, logits[shown].numpy(), ranks[shown].numpy())
+        prompts = table.column("prompt")[half : half + SHOWN]
+        draw_strips(Path(str(config.output_dir), "test.png"), prompts, strips)
     return trainer
 
 

@@ -106,8 +106,7 @@ class ValidationArguments:
         check_interval(self, "[0, inf)", "validation_guidance_scale")
         if self.validation_prompts is None:
             return
-        for _ in text_lines(Path(self.validation_prompts)):
-            pass
+        list(text_lines(Path(self.validation_prompts)))  # which says what is wrong with the file
         if sharded:
             raise InputError(
                 "--validation_prompts: under FSDP and DeepSpeed no process has all weights to generate with; "

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from transformers import TrainerCallback
 
 from prefopt.diffusion.generator import Sampler
 from prefopt.diffusion.sampling import sample
-from prefopt.files import replacing, reporting_write_errors
+from prefopt.files import reporting_write_errors
 from prefopt.images import save_image
+from prefopt.runs import VALIDATION_STRIPS
+from prefopt.strips import Picture, draw_strips
 
-FOLDER, STRIPS = "validation", "strips.png"  # in a run's folder
 MOST_STEPS, THUMBNAIL = 12, 160  # of the strips
 
 
@@ -55,7 +55,8 @@ class ValidationImages(TrainerCallback):
     def _show(self, step: int) -> None:
         if not self.trainer.is_world_process_zero():
             return
-        folder = Path(self.trainer.args.output_dir, FOLDER)
+        strips = Path(self.trainer.args.output_dir, VALIDATION_STRIPS)
+        folder = strips.parent
         paths = [folder / f"step-{step:06d}" / f"{number:03d}.webp" for number in range(len(self.prompts))]
         if not all(path.exists() for path in paths):
             with reporting_write_errors(folder):
@@ -64,7 +65,7 @@ class ValidationImages(TrainerCallback):
             for path, image in zip(paths, images, strict=True):
                 save_image(image, path)
             self._track(images, step)
-        draw_strips(folder, self.prompts)
+        draw_progress(folder, self.prompts, strips)
 
     @torch.no_grad()
     def _generate(self) -> list[Image.Image]:
@@ -99,23 +100,25 @@ class ValidationImages(TrainerCallback):
                 wandb.log({"validation": shown, "train/global_step": step})
 
 
-def draw_strips(folder: Path, prompts: Sequence[str]) -> None:
-    """Draw a strip of each prompt's images over the steps, at most `MOST_STEPS`, to `strips.png`."""
+def draw_progress(folder: Path, prompts: Sequence[str], path: Path) -> None:
+    """Draw each prompt's images over the steps, at most `MOST_STEPS`, beside each other to a PNG."""
     steps = sorted(folder.glob("step-*"))
     if len(steps) > MOST_STEPS:
         steps = [steps[place] for place in np.linspace(0, len(steps) - 1, MOST_STEPS).round().astype(int)]
-    figure = Figure(figsize=(1.3 * len(steps), 1.6 * len(prompts)), layout="constrained")
-    for number, (prompt, strip) in enumerate(
-        zip(prompts, figure.subfigures(len(prompts), 1, squeeze=False)[:, 0], strict=True)
-    ):
-        strip.suptitle(prompt[: 18 * len(steps)], x=0.02, ha="left", fontsize=8, parse_math=False)
-        for step, axis in zip(steps, strip.subplots(1, len(steps), squeeze=False)[0], strict=True):
-            axis.axis("off")
-            path = step / f"{number:03d}.webp"
-            if path.exists():
-                with Image.open(path) as image:
-                    image.thumbnail((THUMBNAIL, THUMBNAIL))
-                    axis.imshow(image)
-            axis.set_title(f"step {int(step.name.partition('-')[2])}", fontsize=7)
-    with reporting_write_errors(folder), replacing(folder / STRIPS) as partial:
-        figure.savefig(partial, format="png", dpi=110)
+    labels = [f"step {int(step.name.partition('-')[2])}" for step in steps]
+    strips = [
+        [
+            Picture(label, _thumbnail(step / f"{number:03d}.webp"))
+            for label, step in zip(labels, steps, strict=True)
+        ]
+        for number in range(len(prompts))
+    ]
+    draw_strips(path, prompts, strips)
+
+
+def _thumbnail(path: Path) -> Image.Image | None:
+    if not path.exists():  # another file of prompts was there before
+        return None
+    with Image.open(path) as image:
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return image.copy()

@@ -1,18 +1,15 @@
 """How well a discriminator tells real from generated images, and how far its probabilities can be trusted."""
 
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy.special import expit
 from scipy.stats import spearmanr
 
 from prefopt.evaluation.stats import pairwise_accuracy
+from prefopt.strips import Picture
 
 BINS = 10
 
@@ -38,36 +35,17 @@ def discrimination(logits: np.ndarray, ranks: np.ndarray) -> dict[str, Any]:
     }
 
 
-def draw_strips(
-    path: Path,
-    prompts: Sequence[str],
-    images: Sequence[Sequence[Image.Image]],
-    logits: np.ndarray,
-    ranks: np.ndarray,
-) -> None:
-    """Draw each list's images in the order of their logits (n, k), the highest first, to a PNG.
-
-    Above each are its rank in the list (1 is real) and its logit; the real one has a frame.
-    """
-    rows, columns = ranks.shape
-    figure = Figure(figsize=(1.5 * columns, 2.1 * rows), layout="constrained")
-    for row, strip in enumerate(figure.subfigures(rows, 1, squeeze=False)[:, 0]):
-        prompt = textwrap.shorten(prompts[row], 22 * columns, placeholder=" ...")
-        strip.suptitle(prompt, x=0.02, ha="left", fontsize=8, parse_math=False)
-        there = np.flatnonzero(ranks[row])
-        order = there[np.argsort(-logits[row, there], kind="stable")]
-        axes = strip.subplots(1, columns, squeeze=False)[0]
-        for axis in axes:
-            axis.axis("off")
-        for axis, place in zip(axes, order, strict=False):
-            real = ranks[row, place] == 1
-            axis.imshow(images[row][place])
-            name = "real" if real else f"rank {ranks[row, place]}"
-            axis.set_title(f"{name}  {logits[row, place]:+.1f}", fontsize=8)
-            if real:
-                frame = axis.add_patch(Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False))
-                frame.set(edgecolor="tab:green", linewidth=3, clip_on=False)
-    figure.savefig(path, dpi=110)
+def ordered_strip(images: Sequence[Image.Image], logits: np.ndarray, ranks: np.ndarray) -> list[Picture]:
+    """A list's images by their logits (k,), the highest first; the real one, rank 1, has a frame."""
+    there = np.flatnonzero(ranks)
+    return [
+        Picture(
+            f"{'real' if ranks[place] == 1 else f'rank {ranks[place]}'}  {logits[place]:+.1f}",
+            images[place],
+            framed=bool(ranks[place] == 1),
+        )
+        for place in there[np.argsort(-logits[there], kind="stable")]
+    ]
 
 
 def calibration_error(probabilities: np.ndarray, real: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""The options of a critic, for every comparison; importing this imports no model library."""
+"""The options of critics and judges, for comparisons; importing this imports no model library."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,8 @@ from prefopt.errors import InputError
 from prefopt.judges.critic_cases import CRITICS, Templates
 from prefopt.judges.rubric import Rubric
 from prefopt.options import check_interval, check_paths_exist, option
+
+RUBRIC = "whole_prompt"  # one of ours: does the image show its prompt?
 
 
 @dataclass
@@ -82,3 +84,48 @@ class CriticOptions:
     def critic_name(self) -> str:
         """The critic's folder, hub id, or name at the server; `pocket` is its part `critic`."""
         return str(self.critic) if self.critic_url else pocket.resolve(str(self.critic), "critic")
+
+
+@dataclass
+class JudgeOptions:
+    """Which judge scores images by a rubric."""
+
+    judge_model_name_or_path: str | None = option(
+        None,
+        "Also score by a judge, best one that chose no training data: a VLM, or with --rubric reward a "
+        "reward model; a folder, a hub id or `pocket` (default: none).",
+    )
+    judge_revision: str | None = option(None, "Revision of the judge on the hub.")
+    judge_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the judge.")
+    rubric: str = option(RUBRIC, "The judge's questions: a YAML file, or one of ours by name.")
+
+    def __post_init__(self) -> None:
+        check_paths_exist(self, "judge_model_name_or_path")
+        if self.judge_model_name_or_path:
+            rubric = self.judge_rubric
+            if rubric.needs_class or rubric.checks:
+                raise InputError(
+                    f"--rubric {self.rubric}: it asks about {{class}} or needs a detector, and a comparison "
+                    "has images and prompts alone"
+                )
+        elif self.judge_revision or self.rubric != RUBRIC:
+            raise InputError("--rubric, --judge_revision: name the --judge_model_name_or_path, too")
+
+    @property
+    def judge_rubric(self) -> Rubric:
+        """The judge's questions."""
+        return Rubric.load(self.rubric)
+
+    def judge(self, device: Any) -> Any:
+        """The judge, loaded at its first answer."""
+        import torch
+
+        from prefopt.judges.loading import lazy_judge
+
+        return lazy_judge(
+            str(self.judge_model_name_or_path),
+            self.judge_revision,
+            rubric=self.judge_rubric,
+            dtype=getattr(torch, self.judge_dtype),
+            device=device,
+        )

@@ -14,6 +14,7 @@ from rich.table import Table
 from prefopt.errors import InputError
 from prefopt.evaluation import figures, words
 from prefopt.files import reporting_write_errors, write_atomically
+from prefopt.runs import METRICS_FILE, VALIDATION_STRIPS, read_metrics
 
 _LONGEST_SIDE = 320  # pixels of an embedded image
 
@@ -147,7 +148,7 @@ def _figures(summary: Mapping, runs: Sequence[Path]) -> list[figures.Chart]:
     if runs:
         names = [run.name for run in runs]
         names = names if len(set(names)) == len(names) else [str(run) for run in runs]
-        charts += figures.training_curves(dict(zip(names, map(_read_metrics, runs), strict=True)))
+        charts += figures.training_curves(dict(zip(names, map(_losses, runs), strict=True)))
     return charts
 
 
@@ -185,13 +186,12 @@ def _guidance_sweeps(summary: Mapping) -> dict[str, list[Mapping]]:
     }
 
 
-def _read_metrics(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(f"{run} is no training run: it holds no metrics.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+def _losses(run: Path) -> list[dict]:
+    if not (run / METRICS_FILE).is_file():
+        raise InputError(f"{run} is no training run: it holds no {METRICS_FILE}")
+    lines = read_metrics(run)
     if not any("loss" in line for line in lines):
-        raise InputError(f"{path} holds no losses")
+        raise InputError(f"{run / METRICS_FILE} holds no losses")
     return lines
 
 
@@ -241,7 +241,7 @@ def _strips(runs: Sequence[Path]) -> dict[str, str]:
     """The images that runs generated while they trained, as data URIs, by the run's name."""
     strips = {}
     for run in runs:
-        if (path := run / "validation" / "strips.png").is_file():
+        if (path := run / VALIDATION_STRIPS).is_file():
             strips[run.name] = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     return strips
 

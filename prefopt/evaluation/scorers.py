@@ -116,9 +116,9 @@ def remember_readings(readings: Readings, kept: Sequence[Mapping], replies: int 
     readings.unreadable += sum(scores[""] is None for scores in kept)
 
 
-def discriminator_scorer(name: str, *, revision: str | None = None, device: Any = "cpu") -> Scorer:
+def discriminator_scorer(name: str, device: Any = "cpu") -> Scorer:
     """A discriminator's logit of 'real', for the image and its prompt."""
-    load = cache(lambda: DiscriminatorScorer(name, revision, device=device))
+    load = cache(lambda: DiscriminatorScorer(name, device=device))
     return Scorer(
         name="discriminator",
         title="discriminator logit",
@@ -128,7 +128,7 @@ def discriminator_scorer(name: str, *, revision: str | None = None, device: Any 
             "look whether the other scores rise with it."
         ),
         score=lambda images, prompts: load().rewards(list(images), list(prompts)),
-        identity=discriminator_identity(name, revision),
+        identity=discriminator_identity(name),
         release=load.cache_clear,
     )
 

@@ -56,7 +56,7 @@ class DiscriminatorScorer:
         return rewards
 
 
-def discriminator_identity(model_name_or_path: str, revision: str | None = None) -> str:
+def discriminator_identity(model_name_or_path: str) -> str:
     """What the logits depend on, from the model's files: nothing is loaded."""
     name = pocket.resolve(str(model_name_or_path), "discriminator")
-    return content_key(f"discriminator {files_identity(name, revision)}")
+    return content_key(f"discriminator {files_identity(name)}")

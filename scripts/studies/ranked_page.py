@@ -1,6 +1,5 @@
 """docs/ranked.md and its figure, from what the study of ranked lists left in its folder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from prefopt.evaluation import words
-from prefopt.runs import versions
+from prefopt.runs import read_metrics, versions
 
 EQUAL = 3.0  # the guidance scale of the columns beside the best
 OWN = ("clip", "discriminator", "judge")  # the scorers beside the truth
@@ -149,8 +148,7 @@ def draw(path: Path, series: Mapping[str, Sequence[tuple]]) -> None:
 
 def errors_of(run: Path) -> str:
     """The chosen's denoising error in the first and the last fifth of a run."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    errors = [row["error/chosen"] for row in metrics if "error/chosen" in row]
+    errors = [row["error/chosen"] for row in read_metrics(run) if "error/chosen" in row]
     if not errors:
         return ""
     fifth = max(1, len(errors) // 5)

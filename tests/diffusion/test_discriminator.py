@@ -15,6 +15,7 @@ from running import logged, train
 from safetensors.torch import load_file, save_file
 from tiny import WIDTH
 
+from prefopt import strips
 from prefopt.diffusion.discriminating import STEP, DiscriminatorScore, calibrate
 from prefopt.diffusion.discriminator import (
     FOLDER,
@@ -28,8 +29,7 @@ from prefopt.diffusion.generator import ADAPTER_FILE
 from prefopt.diffusion.lora import WEIGHTS_FILE
 from prefopt.diffusion.sampling import load_pipeline
 from prefopt.errors import InputError
-from prefopt.evaluation import discrimination as discrimination_module
-from prefopt.evaluation.discrimination import calibration_error, discrimination, draw_strips
+from prefopt.evaluation.discrimination import calibration_error, discrimination, ordered_strip
 from prefopt.judges.loading import load_judge
 from prefopt.judges.questions import Case
 from prefopt.judges.rubric import Rubric
@@ -299,12 +299,13 @@ def test_figures_of_a_discriminator_by_hand():
 def test_strips_show_the_images_by_their_logits_with_the_real_one_framed(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        discrimination_module.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure)
+        strips.Figure, "savefig", lambda figure, path, **_: drawn.append(figure) or path.touch()
     )
     images = [[Image.new("RGB", (8, 8), (10 * i + j, 0, 0)) for j in range(3)] for i in range(2)]
     logits = np.array([[1.0, 3.0, 2.0], [5.0, -1.0, 9.0]])
     ranks = np.array([[1, 2, 3], [1, 2, 0]])
-    draw_strips(tmp_path / "strips.png", ["a $x$ <lion>", "word " * 99], images, logits, ranks)
+    rows = [ordered_strip(*row) for row in zip(images, logits, ranks, strict=True)]
+    strips.draw_strips(tmp_path / "strips.png", ["a $x$ <lion>", "word " * 99], rows)
     (figure,) = drawn
     first, second = figure.subfigs
     assert first.get_suptitle() == "a $x$ <lion>" and second.get_suptitle().endswith(" ...")
