@@ -46,8 +46,13 @@ from prefopt.loading import Lazy
 from prefopt.store import Ledger
 
 # What decides on tables besides the images.
-DECIDING = ("rubric", "question_weights", "judge_model_name_or_path", "judge_url")
-DECIDING += ("discriminator_name_or_path",)
+DECIDING = (
+    "rubric",
+    "question_weights",
+    "judge_model_name_or_path",
+    "judge_url",
+    "discriminator_name_or_path",
+)
 
 
 def replaced(folder: Path, settings: Mapping[str, Any]) -> str:
@@ -82,9 +87,7 @@ class Build:
     discriminator: Lazy[Judge] | None = None  # that ranks beside the judge
     detector: Lazy[Detector] | None = None
     detection_threshold: float = 0.0
-    names: Mapping[str, str] = field(
-        default_factory=dict
-    )  # what judge, discriminator and detector are called
+    names: Mapping[str, str] = field(default_factory=dict)  # what these models are called
 
     def run(self, state: PartialState) -> str:
         """Compute what is missing, each process its share; then write everything. A sentence about it.
