@@ -18,10 +18,10 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from prefopt.adapters import POLICY, REFERENCE, adapter_layers
 from prefopt.errors import InputError
+from prefopt.progress import progress_bar
 from prefopt.store import TensorStore, tensors_key
 
 BLOCK = 64  # items of one entry: few enough to lose little when killed, many enough for small indices
@@ -177,7 +177,8 @@ def _fill(
     batches = [batch for block in blocks for batch in _batches(block, len(examples), batch_size)]
     loaded = DataLoader(examples, batch_sampler=batches, **loader)
     finished, rows = iter(blocks), list[Tensor]()
-    bar = tqdm(zip(batches, loaded, strict=True), total=len(batches), desc="reference scores", unit="batch")
+    read = zip(batches, loaded, strict=True)
+    bar = progress_bar(read, total=len(batches), desc="reference scores", unit="batch")
     for batch, inputs in bar:
         rows.append(score(inputs).float().cpu())
         last = batch[-1][0] + 1

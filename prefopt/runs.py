@@ -21,6 +21,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from prefopt.errors import InputError
 from prefopt.files import write_atomically
+from prefopt.progress import progress_bar
 
 LIBRARIES = (
     "prefopt",
@@ -96,6 +97,20 @@ class Progress(ProgressCallback):
         "error/rejected",
         "learning_rate",
     )
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Begin the bar."""
+        self.current_step = 0
+        if state.is_world_process_zero:
+            self.training_bar = progress_bar(total=state.max_steps, desc="training", unit="step")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
+        """Count a batch of an evaluation."""
+        if state.is_world_process_zero:
+            if self.prediction_bar is None:
+                total = len(eval_dataloader) if eval_dataloader else None
+                self.prediction_bar = progress_bar(total=total, desc="evaluation", unit="batch", leave=False)
+            self.prediction_bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Print the most important figures."""

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from prefopt.loading import Lazy
+from prefopt.progress import progress_bar
 
 Model = TypeVar("Model")
 
@@ -92,7 +93,9 @@ def run_passes(
         # A later pass's work is known once an earlier one is done.
         totals = [None if keep_resident else sum(map(each.todo, mine)) for each in together]
         bars = [
-            tqdm(desc=each.name, unit=each.unit, total=total, disable=not state.is_main_process or total == 0)
+            progress_bar(
+                desc=each.name, unit=each.unit, total=total, disable=not state.is_main_process or total == 0
+            )
             for each, total in zip(together, totals, strict=True)
         ]
         for block in mine:

@@ -26,6 +26,7 @@ from data_builders.prompts.reading import Prompts, given_prompts, identify, nami
 from prefopt.errors import InputError
 from prefopt.files import content_key, reporting_write_errors, write_atomically
 from prefopt.loading import Lazy
+from prefopt.progress import progress_bar
 from prefopt.store import Ledger
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def generate_prompts(
     llm = Lazy(llm.identity, cache(llm.load))  # loaded once, whatever the number of classes
     prompts, texts = Prompts(), Distinct(near=1.0)
     needed = held_out_per_class + per_class
-    with tqdm(total=needed * len(classes), desc="prompts", unit="prompt", disable=None) as bar:
+    with progress_bar(total=needed * len(classes), desc="prompts", unit="prompt") as bar:
         for name in classes:
             replies = _Replies(llm, templates, ledger, seed, name, per_request, prompts.counts)
             found = _of_class(replies, needed, Distinct(near), texts, patience, bar)

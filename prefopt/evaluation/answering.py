@@ -9,7 +9,6 @@ import torch
 from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoProcessor, ProcessorMixin
 
 from prefopt import pocket
@@ -19,6 +18,7 @@ from prefopt.evaluation.scoring import quiet
 from prefopt.evaluation.systems import VlmSystem
 from prefopt.files import content_key
 from prefopt.loading import files_identity, load_part, own_memory
+from prefopt.progress import progress_bar
 from prefopt.store import Ledger
 from prefopt.vlm.batches import Collator
 from prefopt.vlm.examples import VisionExample, read_vision_examples
@@ -138,7 +138,7 @@ class Answering:
 
     def _batches(self, asked: Sequence[Asked], what: str) -> Iterator[Sequence[Asked]]:
         starts = range(0, len(asked), self.batch_size)
-        for start in tqdm(starts, desc=what, unit="batch", disable=not asked or quiet()):
+        for start in progress_bar(starts, desc=what, unit="batch", disable=not asked or quiet()):
             yield asked[start : start + self.batch_size]
 
 

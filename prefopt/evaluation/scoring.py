@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from prefopt.errors import InputError
 from prefopt.evaluation.scorers import Scorer
 from prefopt.files import content_key, reporting_write_errors, write_atomically
+from prefopt.progress import progress_bar
 from prefopt.store import Ledger
 
 Scores = dict[str, float | bool | None]  # a scorer's scores of one output, by part
@@ -41,7 +41,7 @@ def kept_scores(
     if scorer.remember and missing and found:
         scorer.remember(list(found.values()))
     starts = range(0, len(missing), scorer.at_once)
-    for start in tqdm(starts, desc=scorer.title, disable=not missing or quiet()):
+    for start in progress_bar(starts, desc=scorer.title, disable=not missing or quiet()):
         batch = missing[start : start + scorer.at_once]
         new = dict(zip(batch, _by_output(scorer, scorer.score(*inputs(batch)), len(batch)), strict=True))
         if scorer.identity is not None:

@@ -15,7 +15,6 @@ from typing import cast
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
-from tqdm.auto import tqdm
 
 from prefopt.diffusion.generator import Generator, Sampler
 from prefopt.diffusion.lora import set_adapter_scale
@@ -26,6 +25,7 @@ from prefopt.evaluation.summary import summarise
 from prefopt.evaluation.systems import check_each_once
 from prefopt.files import content_key, reporting_write_errors
 from prefopt.images import save_image
+from prefopt.progress import progress_bar
 from prefopt.store import Ledger
 
 SEEDS_APART = 1000  # from a prompt's seeds to the next prompt's
@@ -138,7 +138,7 @@ def _generate(jobs: Mapping[str, _Job], folder: Path, device: torch.device, batc
     """Generate the images that are not there yet, one system after the other."""
     missing = {key: job for key, job in jobs.items() if not _image_path(folder, key).exists()}
     pipeline, loaded = None, None
-    progress = tqdm(total=len(missing), desc="images", unit="image", disable=not missing or quiet())
+    progress = progress_bar(total=len(missing), desc="images", unit="image", disable=not missing or quiet())
     for generator in dict.fromkeys(job.generator for job in missing.values()):
         keys = [key for key, job in missing.items() if job.generator == generator]
         adapter = generator.adapter if generator.adapter_scale != 0 else None

@@ -16,9 +16,9 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from prefopt.progress import progress_bar
 from prefopt.store import TensorStore, tensors_key
 from prefopt.vlm.chat import Encoder
 from prefopt.vlm.models import language_model_name
@@ -90,7 +90,7 @@ def cache_features(
     ]
     entries: dict[str, Mapping[str, Tensor]] = {}
     loader = DataLoader(examples, batch_sampler=batches, num_workers=workers, collate_fn=_Prompts(encode))
-    for number, batch in enumerate(tqdm(loader, desc="image features", unit="batch"), start=1):
+    for number, batch in enumerate(progress_bar(loader, desc="image features", unit="batch"), start=1):
         sets = [{n: v.to(model.device) for n, v in images.items()} for _, images, _ in batch]
         features = encode_images(model, sets, [count for *_, count in batch])
         entries |= {
