@@ -1,5 +1,7 @@
 """The options that every training recipe shares; importing them imports no model library but torch."""
 
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
@@ -7,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from prefopt import pocket
+from prefopt.draws import visit_order
 from prefopt.errors import InputError
 from prefopt.options import check_interval, check_paths_exist, option
 
@@ -117,6 +120,23 @@ class PreferenceConfig(TrainingArguments):
     def global_batch(self) -> int:
         """Examples of an optimizer step, over accumulation and processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Optimizer steps of an epoch; the last one is filled up."""
+        return math.ceil(examples / self.global_batch)
+
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of the whole run."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return math.ceil(self.steps_per_epoch(examples) * self.num_train_epochs)
+
+    def first_rows(self, examples: int, groups: Sequence[Hashable] | None = None) -> list[int] | None:
+        """The rows that a run of less than an epoch reads, in this order; None: it reads them all."""
+        read = self.total_steps(examples) * self.global_batch
+        if read >= examples:
+            return None
+        return visit_order(self.order_seed, 0, examples, groups)[:read].tolist()
 
     @property
     def order_seed(self) -> int:

@@ -89,6 +89,11 @@ def _places(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.argsort(epoch_order(seed, epoch, length))
 
 
+def visit_order(seed: int, epoch: int, length: int, groups: Sequence[Hashable] | None = None) -> np.ndarray:
+    """The order in which an epoch reads its items; those of a group stand next to each other."""
+    return epoch_order(seed, epoch, length) if groups is None else grouped_order(seed, epoch, groups)
+
+
 class VisitSampler(Sampler[tuple[int, int]]):
     """Yields (index, visit), one epoch at each iteration, in a number that fills the last global batch.
 
@@ -96,7 +101,8 @@ class VisitSampler(Sampler[tuple[int, int]]):
     accumulation; where the items do not divide evenly, the first ones of the epoch's order come a second
     time. Items of one of the `groups` are read one after another. `epoch` says which epoch begins now:
     asking is safer than being told, since accelerate does not pass `set_epoch` on to the sampler of a loader
-    that was resumed on several processes.
+    that was resumed on several processes. `read` are the items of a run that ends within its first epoch: a
+    loader that reads ahead of the run's end reads them again, since no others are at hand.
     """
 
     def __init__(
@@ -109,8 +115,9 @@ class VisitSampler(Sampler[tuple[int, int]]):
         visits: int | None = None,
         shuffle: bool = True,
         groups: Sequence[Hashable] | None = None,
+        read: Sequence[int] | None = None,
     ):
-        self.groups = groups
+        self.groups, self.read = groups, read
         self.length, self.global_batch, self.seed = length, global_batch, seed
         self.epoch, self.visits, self.shuffle = epoch, visits, shuffle
 
@@ -120,10 +127,10 @@ class VisitSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch()
         order: Iterable[int] = range(self.length)
-        if self.shuffle and self.groups is not None:
-            order = grouped_order(self.seed, epoch, self.groups)
+        if self.read is not None:
+            order = self.read
         elif self.shuffle:
-            order = epoch_order(self.seed, epoch, self.length)
+            order = visit_order(self.seed, epoch, self.length, self.groups)
         visit = epoch % self.visits if self.visits else epoch
         for index in itertools.islice(itertools.cycle(order), len(self)):
             yield int(index), visit

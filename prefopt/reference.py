@@ -8,7 +8,8 @@ computed once, is therefore shared by every epoch that repeats a visit, every be
 over the same examples.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from prefopt.adapters import POLICY, REFERENCE, adapter_layers
 from prefopt.errors import InputError
+from prefopt.files import content_key
 from prefopt.progress import progress_bar
 from prefopt.store import TensorStore, tensors_key
 
@@ -105,10 +107,15 @@ def where(examples: object, item: int) -> str:
 
 
 class CachedReference(Dataset):
-    """A dataset whose examples carry `reference`, their stored reference scores of shape (k,)."""
+    """A dataset whose examples carry `reference`, their stored reference scores of shape (k,).
 
-    def __init__(self, examples: Any, store: TensorStore):
+    `items` are those whose scores are stored (default: all), in the order of the stored blocks.
+    """
+
+    def __init__(self, examples: Any, store: TensorStore, items: Sequence[int] | None = None):
         self.examples, self.store = examples, store
+        self.items = range(len(examples)) if items is None else items
+        self._place = None if items is None else {item: place for place, item in enumerate(items)}
 
     def where(self, index: int) -> str:
         """What an error calls the example `index`."""
@@ -119,8 +126,18 @@ class CachedReference(Dataset):
 
     def __getitem__(self, index_and_visit: tuple[int, int]) -> dict[str, Any]:
         index, visit = index_and_visit
-        scores = self.store[_key(index // BLOCK, visit)]["scores"][index % BLOCK]
+        block, place = divmod(index if self._place is None else self._place[index], BLOCK)
+        scores = self.store[_key(self.block(block), visit)]["scores"][place]
         return {**self.examples[index, visit], "reference": scores}
+
+    def block(self, number: int) -> Sequence[int]:
+        """The items of a block."""
+        return self.items[number * BLOCK : (number + 1) * BLOCK]
+
+    def blocks(self, visits: int) -> list[tuple[Sequence[int], int]]:
+        """All blocks of each visit."""
+        count = -(-len(self.items) // BLOCK)
+        return [(self.block(number), visit) for visit in range(visits) for number in range(count)]
 
 
 def cache_reference(
@@ -133,13 +150,14 @@ def cache_reference(
     precision: str,
     loader: Mapping[str, Any],
     batch_size: int,
+    rows: Sequence[int] | None = None,
 ) -> CachedReference:
     """The examples with the reference scores of their first `visits` visits, computed if not stored.
 
-    `score(batch)` gives the reference's (batch, k); `loader` holds DataLoader's options. Examples that do not
-    say what they depend on are an InputError.
+    `score(batch)` gives the reference's (batch, k); `loader` holds DataLoader's options. `rows` are the
+    examples that the run reads (default: all). Each reference and setting has a folder of its own in
+    `folder`. Examples that do not say what they depend on are an InputError.
     """
-    count = len(examples)
     if not isinstance(examples, Identified):
         raise InputError(
             f"--reference cache: {type(examples).__name__} does not say what its examples depend on"
@@ -153,48 +171,42 @@ def cache_reference(
     for part in (model, loader.get("collate_fn")):
         if isinstance(part, Identified):
             identity = {**part.identity, **identity}
-    store = TensorStore(folder, {**examples.identity, **identity})
-    blocks = [(block, visit) for visit in range(visits) for block in range(-(-count // BLOCK))]
+    identity = {**examples.identity, **identity}
+    own = content_key(json.dumps(identity, sort_keys=True))[:16]
+    cached = CachedReference(examples, TensorStore(folder / own, identity), rows)
     state = PartialState()
     # Shares first: what is missing changes while other processes write.
-    mine = blocks[state.process_index :: state.num_processes]
-    missing = [(block, visit) for block, visit in mine if _key(block, visit) not in store]
+    mine = cached.blocks(visits)[state.process_index :: state.num_processes]
+    missing = [(items, visit) for items, visit in mine if _key(items, visit) not in cached.store]
     if missing:
-        _fill(examples, store, missing, score, loader, batch_size)
+        _fill(cached, missing, score, loader, batch_size)
     state.wait_for_everyone()
-    store.refresh()
-    return CachedReference(examples, store)
+    cached.store.refresh()
+    return cached
 
 
 def _fill(
-    examples: Any,
-    store: TensorStore,
-    blocks: list[tuple[int, int]],
+    cached: CachedReference,
+    blocks: list[tuple[Sequence[int], int]],
     score: Callable[[Mapping[str, Any]], Tensor],
     loader: Mapping[str, Any],
     batch_size: int,
 ) -> None:
-    batches = [batch for block in blocks for batch in _batches(block, len(examples), batch_size)]
-    loaded = DataLoader(examples, batch_sampler=batches, **loader)
-    finished, rows = iter(blocks), list[Tensor]()
-    read = zip(batches, loaded, strict=True)
-    bar = progress_bar(read, total=len(batches), desc="reference scores", unit="batch")
-    for batch, inputs in bar:
+    starts = [(block, start) for block in blocks for start in range(0, len(block[0]), batch_size)]
+    batches = [
+        [(item, visit) for item in items[start : start + batch_size]] for (items, visit), start in starts
+    ]
+    loaded = DataLoader(cached.examples, batch_sampler=batches, **loader)
+    rows: list[Tensor] = []
+    bar = progress_bar(total=len(batches), desc="reference scores", unit="batch")
+    for ((items, visit), start), inputs in zip(starts, loaded, strict=True):
         rows.append(score(inputs).float().cpu())
-        last = batch[-1][0] + 1
-        if last % BLOCK == 0 or last == len(examples):
-            store.write({_key(*next(finished)): {"scores": torch.cat(rows)}})
+        if start + batch_size >= len(items):
+            cached.store.write({_key(items, visit): {"scores": torch.cat(rows)}})
             rows = []
+        bar.update(1)
+    bar.close()
 
 
-def _batches(
-    block_and_visit: tuple[int, int], length: int, batch_size: int
-) -> Iterator[list[tuple[int, int]]]:
-    block, visit = block_and_visit
-    items = range(block * BLOCK, min((block + 1) * BLOCK, length))
-    for start in range(0, len(items), batch_size):
-        yield [(item, visit) for item in items[start : start + batch_size]]
-
-
-def _key(block: int, visit: int) -> str:
-    return f"{visit}-{block}"
+def _key(items: Sequence[int], visit: int) -> str:
+    return content_key(f"visit {visit} of {list(items)}")[:32]

@@ -110,14 +110,12 @@ class PreferenceTrainer(CheckpointingTrainer):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch; the last one is filled up."""
-        return math.ceil(len(self.train_dataset) / self.args.global_batch)
+        return self.args.steps_per_epoch(len(self.train_dataset))
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return math.ceil(self.steps_per_epoch * self.args.num_train_epochs)
+        return self.args.total_steps(len(self.train_dataset))
 
     @property
     def epochs(self) -> int:
@@ -219,6 +217,7 @@ class PreferenceTrainer(CheckpointingTrainer):
             epoch=lambda: self.state.global_step // self.steps_per_epoch,
             visits=self.args.visits,
             groups=self.groups,
+            read=self.args.first_rows(len(self.train_dataset), self.groups),
         )
 
     def _get_eval_sampler(self, eval_dataset: Any):
@@ -296,6 +295,7 @@ class PreferenceTrainer(CheckpointingTrainer):
             lambda inputs: self._scores_of_reference(self.model, frozen, self._prepare_inputs(dict(inputs))),
             folder=Path(args.cache_dir or Path(str(args.output_dir), "cache"), "reference"),
             visits=args.visits or self.epochs,
+            rows=args.first_rows(len(self.train_dataset), self.groups),
             precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
             loader={"collate_fn": self.data_collator, "num_workers": args.dataloader_num_workers},
             batch_size=args.train_batch_size,

@@ -224,14 +224,6 @@ def test_a_stale_cache(options, refused, tmp_path):
     assert str(tmp_path / "cache") in message and "--cache_dir" in message
 
 
-def test_stale_reference_scores(options, refused, tmp_path):
-    """Another seed means other draws, and they other scores."""
-    options |= {"cache_dir": tmp_path / "cache", "reference": "cache"}
-    trained(options)
-    message = refused({**options, "output_dir": tmp_path / "other", "seed": 7})
-    assert "draws: seed 42" in message and "(cache), seed 7" in message
-
-
 def files(folder: Path) -> dict[str, str]:
     """Every file below a folder, with the SHA-256 of its content."""
     return {

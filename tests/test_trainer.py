@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pictures import write_pairs
+from pictures import write_pairs, write_ranked
 from running import logged, train
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,6 +19,12 @@ from prefopt.errors import InputError
 from prefopt.reference import adapters_off
 
 LN2 = math.log(2)
+
+
+def measured(run: Path) -> list[float]:
+    """The eval_loss of a run's evaluations."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["eval_loss"] for line in lines if "eval_loss" in line]
 
 
 def umask() -> int:
@@ -162,10 +168,53 @@ def test_a_cached_reference_gives_the_live_runs_losses(setting, plain_run, tmp_p
         live = trainer.reference_scores(trainer.model, batch)
         torch.testing.assert_close(stored, live, atol=1e-5, rtol=0)
 
-    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "reference").iterdir()}
+    def shards() -> dict[Path, int]:
+        stored = (tmp_path / "cache" / "reference").rglob("*.safetensors")
+        return {path: path.stat().st_mtime_ns for path in stored}
+
+    before = shards()
     train(setting, tmp_path / "other", loss_type="ipo", **options)
-    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "reference").iterdir()}
-    assert again == shards, "another loss shares the scores and computes none"
+    assert shards() == before, "another loss shares the scores and computes none"
+    train(setting, tmp_path / "seed", seed=7, max_steps=1, **options)
+    train(setting, tmp_path / "back", loss_type="hinge", **options)
+    assert len(shards()) == len(before) + 1, "another seed's scores lie beside the first one's"
+
+
+@pytest.mark.parametrize("model", ["stable_diffusion", "sdxl"])
+def test_encoding_in_the_step_gives_the_cached_runs_losses(setting, model, request, tmp_path):
+    """With mirrored images, empty prompts, lists of unequal length, and SDXL's zeros for the empty prompt."""
+    lists = [[0, 1, 2], [3, 4], [5, 6, 7], [8, 9], [10, 11], [0, 3, 9]]
+    folder = write_ranked(tmp_path / "lists", lists, [[*range(1, len(one) + 1)] for one in lists])
+    held_out = Path(write_ranked(tmp_path / "held", lists[:2], [[1, 2, 3], [2, 1]]), "train.parquet")
+    held_out.rename(Path(folder, "test.parquet"))
+    options = {"model_name_or_path": request.getfixturevalue(model), "dataset_name": folder}
+    options |= {"resolution": 16, "beta_dpo": 2, "cache_dir": None, "dataset_test_split": "test"}
+    options |= {"eval_strategy": "steps", "eval_steps": 3}
+    train(setting, tmp_path / "cached", **options)
+    train(setting, tmp_path / "live", encode="live", **options)
+    assert logged(tmp_path / "live") == pytest.approx(logged(tmp_path / "cached"), abs=1e-6)
+    assert logged(tmp_path / "live", "rewards/margins")[0] == 0.0, "the reference is the policy"
+    live, cached = (measured(tmp_path / run) for run in ("live", "cached"))
+    assert live == pytest.approx(cached, abs=1e-6) and len(live) == 2
+    assert not (tmp_path / "live" / "cache").exists()
+
+
+def test_only_the_examples_that_a_short_run_reads_are_encoded_and_scored(setting, tmp_path, capsys):
+    options = {"max_steps": 2, "cache_dir": str(tmp_path / "cache"), "reference": "cache"}
+    trainer = train(setting, tmp_path / "run", **options)
+    shown = capsys.readouterr().out
+    assert "16 images to encode: about 00:0" in shown and "kB in" in shown
+    assert "this run reads no example twice: --encode live" in shown
+    read = {item for item, _ in list(trainer._get_train_sampler())[:8]}
+    dataset = trainer.train_dataset
+    hashes = dataset.examples.table.column("sha256")
+    assert {item for item in range(12) if all(key in dataset.examples.images for key in hashes[item])} == read
+    assert set(dataset.items) == read and dataset[min(read), 0]["reference"].shape == (2,)
+    full = train(setting, tmp_path / "full", **options | {"max_steps": 5})
+    assert "8 images to encode" in capsys.readouterr().out, "the rest"
+    assert len(full.train_dataset.items) == 12
+    train(setting, tmp_path / "live", max_steps=2)
+    assert logged(tmp_path / "run") == pytest.approx(logged(tmp_path / "live"), abs=1e-6)
 
 
 def test_visits_repeat_an_items_draws(setting, tmp_path):

@@ -121,9 +121,18 @@ class DiffusionConfig(
     """The options of a recipe that trains a text-to-image model."""
 
     model_name_or_path: str = option("pocket", "A diffusers pipeline: a folder, a hub id, or `pocket`.")
+    encode: Literal["cache", "live"] = option(
+        "cache",
+        "Images and prompts: encoded once before training (cache), or in every step (live), which is faster "
+        "for a run of less than about one epoch and keeps nothing on disk.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.encode == "live" and self.reference == "cache":
+            raise InputError(
+                "--encode live keeps no encodings, and --reference cache needs them: leave one of the two out"
+            )
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight is used in every forward
         self.check_images()

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from prefopt.config import PreferenceConfig
+from prefopt.diffusion.candidates import EncodedCandidates, encode_candidates
 from prefopt.diffusion.config import ImageArguments
 from prefopt.diffusion.discriminator import Discriminator, latents_identity
 from prefopt.diffusion.families import family_of
-from prefopt.diffusion.latents import EncodedCandidates
 from prefopt.diffusion.sampling import load_pipeline
 from prefopt.diffusion.tables import Table
-from prefopt.diffusion.training import encode, free
+from prefopt.diffusion.training import chances_of, encoder_of, free
 from prefopt.losses import discriminator_loss
 from prefopt.objectives import Scored, discriminating
 from prefopt.trainer import PreferenceTrainer
@@ -62,7 +62,8 @@ def train_discriminator(
     """
     pipeline = load_pipeline(images.model_name_or_path, revision=revision)
     family = family_of(pipeline)
-    examples, held_out = (encode(config, images, pipeline, family, table) for table in tables)
+    encoder, chances = encoder_of(config, images, pipeline, family), chances_of(config, images)
+    examples, held_out = (encode_candidates(encoder, table, **chances) for table in tables)
     first = examples[0, 0]
     torch.manual_seed(config.seed)
     model = Discriminator(

@@ -1,4 +1,4 @@
-"""Encode once: outputs of the frozen VAE and text encoders are cached on disk, not computed in the step.
+"""The frozen VAE and text encoders: each image and prompt is encoded once, and the result cached on disk.
 
 Cached are the VAE's posterior moments by the image's SHA-256 (mean and log-variance, so that sampling stays
 exact; of the mirror image, too, where images are flipped) and the text embeddings by prompt. The crop is the
@@ -6,6 +6,7 @@ centre one: it is the same at every visit, so that it can be cached.
 """
 
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,15 +20,14 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from prefopt.diffusion.families import Family, family_of
+from prefopt.diffusion.families import Family
 from prefopt.diffusion.tables import Table
-from prefopt.draws import draw, stratified_time
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.images import open_image
+from prefopt.progress import progress_bar
 from prefopt.store import TensorStore, tensors_key
 
 MIRRORED = "-mirrored"
@@ -80,16 +80,15 @@ class Encoder:
     pipeline: DiffusionPipeline
     cache_dir: Path
     resolution: int
-    family: Family | None = None  # by default the pipeline's
+    family: Family
     batch_size: int = 8
     threads: int = 4
 
-    def __post_init__(self) -> None:
-        self.family = self.family or family_of(self.pipeline)
-
     @torch.no_grad()
-    def images(self, table: Table, *, mirrored: bool) -> TensorStore:
-        """The moments of every image of the table: `mean`, `logvar` (C, h, w) in float32, `sizes` (6,)."""
+    def images(self, table: Table, *, mirrored: bool, rows: Sequence[int] | None = None) -> TensorStore:
+        """The moments of the images of these rows (default: all): `mean`, `logvar` (C, h, w) in float32,
+        `sizes` (6,).
+        """
         vae = self.pipeline.vae
         identity = {
             "VAE weights": tensors_key(vae.state_dict()),
@@ -97,48 +96,50 @@ class Encoder:
             "dtype": str(vae.dtype),
         }
         store = TensorStore(self.cache_dir / "images", identity)
-        places = {}  # key -> the row and candidate where the image is first seen
-        for row, keys in enumerate(table.column("sha256")):
-            for candidate, key in enumerate(keys):
+        places: dict[str, tuple[int, int]] = {}  # key -> the row and candidate where the image is first seen
+        hashes = table.column("sha256")
+        for row in range(len(table)) if rows is None else rows:
+            for candidate, key in enumerate(hashes[row]):
                 places.setdefault(key, (row, candidate))
         last = MIRRORED if mirrored else ""  # written with the image, so it tells for both
         missing = [key for key in _share(places) if key + last not in store]
 
         def prepare(key: str) -> Prepared:
-            row, candidate = places[key]
-            content, where = table.image(row, candidate)
-            if content_key(content) != key:
-                raise InputError(f"{where}: the image has changed since the table was read; start again")
-            return prepare_image(content, where, self.resolution)
+            return prepare_candidate(table, *places[key], self.resolution)
 
         batches = _batched(missing, self.batch_size)
-        with ThreadPoolExecutor(self.threads) as pool, _progress(len(missing), "encoding images") as bar:
+        with ThreadPoolExecutor(self.threads) as pool, _Encoding("images", len(missing), store) as told:
             for keys, images in zip(batches, _ahead(pool, prepare, batches), strict=True):
-                store.write(self._moments(keys, images, mirrored))
-                bar.update(len(keys))
+                told.write(self._moments(keys, images, mirrored), len(keys))
         return _shared(store)
+
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (n, C, h, w), float32, of images (n, 3, H, W) in [-1, 1]."""
+        vae: Any = self.pipeline.vae
+        moments = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        if not torch.isfinite(moments.mean).all():
+            raise InputError(
+                f"the VAE makes values that are not finite in {vae.dtype}; use float32 or bfloat16"
+            )
+        # In the VAE's own memory layout, the last bits of a product with gradients and without would differ.
+        return moments.mean.float().contiguous(), moments.logvar.float().contiguous()
 
     def _moments(
         self, keys: Sequence[str], images: Sequence[Prepared], mirrored: bool
     ) -> dict[str, dict[str, Tensor]]:
-        vae = self.pipeline.vae
-        pixels = torch.stack([image.pixels for image in images]).to(vae.device, vae.dtype)
+        pixels = torch.stack([image.pixels for image in images])
         entries = {}
         for suffix, batch in (("", pixels), (MIRRORED, pixels.flip(-1)))[: 2 if mirrored else 1]:
-            moments = vae.encode(batch).latent_dist
-            for i, (key, image) in enumerate(zip(keys, images, strict=True)):
-                mean, logvar = moments.mean[i].float().cpu(), moments.logvar[i].float().cpu()
-                if not torch.isfinite(mean).all():
-                    raise InputError(
-                        f"the VAE makes values that are not finite in {vae.dtype}; use float32 or bfloat16"
-                    )
+            means, logvars = (moment.cpu() for moment in self.posterior(batch))
+            for key, mean, logvar, image in zip(keys, means, logvars, images, strict=True):
                 entries[key + suffix] = {"mean": mean, "logvar": logvar, "sizes": image.sizes}
         return entries
 
     @torch.no_grad()
     def prompts(self, prompts: Iterable[str]) -> TensorStore:
         """Each prompt and the empty one encoded: `embeddings` (tokens, width), SDXL `pooled` (width,)."""
-        family: Any = self.family
+        family = self.family
         encoders = {name: getattr(self.pipeline, name) for name in family.text_encoders}
         weights = {
             f"{name}.{key}": value
@@ -154,128 +155,31 @@ class Encoder:
         store = TensorStore(self.cache_dir / "prompts", identity)
         texts = {content_key(text): text for text in dict.fromkeys(["", *prompts])}
         missing = store.missing(_share(texts))
-        with _progress(len(missing), "encoding prompts") as bar:
+        with _Encoding("prompts", len(missing), store) as told:
             for keys in _batched(missing, self.batch_size):
-                store.write(self._embeddings(keys, [texts[key] for key in keys]))
-                bar.update(len(keys))
+                values = {name: v.cpu() for name, v in self.embeddings([texts[key] for key in keys]).items()}
+                entries = {key: {name: v[i] for name, v in values.items()} for i, key in enumerate(keys)}
+                told.write(entries, len(keys))
         return _shared(store)
 
-    def _embeddings(self, keys: Sequence[str], texts: list[str]) -> dict[str, dict[str, Tensor]]:
-        family: Any = self.family
-        values, zeros = family.encode_prompts(self.pipeline, texts), family.empty_is_zeros(self.pipeline)
-        return {
-            key: {
-                name: (value[i] * 0 if zeros and not text else value[i]).cpu()
-                for name, value in values.items()
-            }
-            for i, (key, text) in enumerate(zip(keys, texts, strict=True))
-        }
+    @torch.no_grad()
+    def embeddings(self, texts: list[str]) -> dict[str, Tensor]:
+        """The conditioning of texts by name, each (texts, ...); an empty one as the model samples without."""
+        family = self.family
+        values = family.encode_prompts(self.pipeline, texts)
+        if family.empty_is_zeros(self.pipeline):
+            empty = [place for place, text in enumerate(texts) if not text]
+            for value in values.values():
+                value[empty] = 0
+        return values
 
 
-class EncodedCandidates(Dataset):
-    """Examples of a table from its stored encodings; `dataset[(index, visit)]` is a pure function of both and
-    the seed.
-
-    An example is latents (k, C, h, w) with the best candidate first, noise (C, h, w), time (), conditioning,
-    ranks and mask (k,), item and visit, and p_chosen () if the table has it. All candidates share the draw,
-    the sample of the posterior and the flip. `per_candidate` names conditioning that an image has of its own.
-    With `strata`, the seed of the examples' order and the examples of a step, the times of a step are spread
-    evenly. k is that of the table's longest list; the last places of a shorter one are empty: rank 0, mask
-    False.
-    """
-
-    def __init__(
-        self,
-        table: Table,
-        images: TensorStore,
-        prompts: TensorStore,
-        *,
-        scaling: tuple[float, float],
-        per_candidate: Sequence[str] = (),
-        seed: int,
-        flip_probability: float = 0.0,
-        drop_probability: float = 0.0,
-        strata: tuple[int, int] | None = None,
-    ):
-        self.table, self.images, self.prompts = table, images, prompts
-        self.scaling, self.per_candidate, self.seed = scaling, per_candidate, seed
-        self.flip_probability, self.drop_probability = flip_probability, drop_probability
-        self.strata = strata
-        first = images[table.facts[0]["sha256"][0]]["mean"]
-        channels, height, width = first.shape
-        self.shape = (channels, height, width)
-        self.candidates = max(map(len, table.column("ranks")))
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Everything that an example depends on, for what is computed from it and kept."""
-        prompts, hashes = self.table.column("prompt"), self.table.column("sha256")
-        facts = "\n".join(f"{prompt!r} {keys}" for prompt, keys in zip(prompts, hashes, strict=True))
-        chances = f"seed {self.seed}, flip {self.flip_probability}, caption drop {self.drop_probability}"
-        chances += f", strata {self.strata}" if self.strata else ""
-        encodings = {**self.images.identity, **self.prompts.identity, "scaling": str(self.scaling)}
-        return {"rows": content_key(facts), "draws": chances, **encodings}
-
-    def where(self, index: int) -> str:
-        """What an error calls the example `index`."""
-        return self.table.where(index)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index_and_visit: tuple[int, int]) -> dict[str, Any]:
-        index, visit = index_and_visit
-        fact = self.table.facts[index]
-        chance = draw(
-            self.seed,
-            index,
-            visit,
-            shape=self.shape,
-            flip_probability=self.flip_probability,
-            drop_probability=self.drop_probability,
-        )
-        time = chance.time
-        if self.strata:
-            seed, batch = self.strata
-            time = stratified_time(time, seed, index, visit, length=len(self), global_batch=batch)
-        moments = [self.images[key + (MIRRORED if chance.flip else "")] for key in fact["sha256"]]
-        latent_noise, (shift, factor) = torch.from_numpy(chance.latent_noise), self.scaling
-        latents = [m["mean"] + (0.5 * m["logvar"]).exp() * latent_noise for m in moments]
-        conditioning = self.prompts[content_key("" if chance.drop_caption else fact["prompt"])]
-        conditioning |= {name: self._padded([m[name] for m in moments]) for name in self.per_candidate}
-        ranks = self._padded([torch.tensor(rank) for rank in fact["ranks"]])
-        example = {
-            "latents": self._padded([(one - shift) * factor for one in latents]),
-            "noise": torch.from_numpy(chance.noise),
-            "time": torch.tensor(time),
-            "conditioning": conditioning,
-            "ranks": ranks,
-            "mask": ranks > 0,
-            "item": index,
-            "visit": visit,
-        }
-        if self.table.soft_labels:
-            example["p_chosen"] = torch.tensor(fact["p_chosen"], dtype=torch.float32)
-        return example
-
-    def _padded(self, values: list[Tensor]) -> Tensor:
-        """The values of an example's candidates, (k, ...)."""
-        return torch.stack(values + [torch.zeros_like(values[0])] * (self.candidates - len(values)))
-
-
-def encode_table(
-    pipeline: Any, family: Family, table: Table, *, cache_dir: Path, resolution: int, **chances: Any
-) -> EncodedCandidates:
-    """The table's examples, encoded by the pipeline's frozen parts; `chances` go to EncodedCandidates."""
-    encoder = Encoder(pipeline, cache_dir, resolution, family)
-    return EncodedCandidates(
-        table,
-        encoder.images(table, mirrored=chances["flip_probability"] > 0),
-        encoder.prompts(table.facts.unique("prompt")),
-        scaling=family.scaling(pipeline),
-        per_candidate=family.per_candidate,
-        **chances,
-    )
+def prepare_candidate(table: Table, row: int, candidate: int, resolution: int) -> Prepared:
+    """An image of a table ready for the VAE; one that has changed since it was hashed is an InputError."""
+    content, where = table.image(row, candidate)
+    if content_key(content) != table.facts[row]["sha256"][candidate]:
+        raise InputError(f"{where}: the image has changed since the table was read; start again")
+    return prepare_image(content, where, resolution)
 
 
 def _tokenizers_key(tokenizers: Iterable[Any]) -> str:
@@ -303,8 +207,33 @@ def _shared(store: TensorStore) -> TensorStore:
     return store
 
 
-def _progress(total: int, what: str) -> tqdm:
-    return tqdm(total=total, desc=what, disable=total == 0 or not PartialState().is_local_main_process)
+class _Encoding:
+    """Writes encodings to a store, behind a progress bar; after the first ones it says what all will cost."""
+
+    def __init__(self, what: str, total: int, store: TensorStore):
+        self.what, self.total, self.store = what, total, store
+        silent = total == 0 or not PartialState().is_local_main_process
+        self.bar = progress_bar(total=total, desc=f"encoding {what}", disable=silent)
+        self.start = time.monotonic()
+
+    def __enter__(self) -> "_Encoding":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def write(self, entries: dict[str, dict[str, Tensor]], count: int) -> None:
+        """Store the encodings of `count` inputs."""
+        self.store.write(entries)
+        if self.bar.n == 0 and not self.bar.disable:
+            self._announce(entries, count)
+        self.bar.update(count)
+
+    def _announce(self, entries: dict[str, dict[str, Tensor]], count: int) -> None:
+        written = sum(tensor.nbytes for entry in entries.values() for tensor in entry.values())
+        size = tqdm.format_sizeof(written / count * self.total * PartialState().num_processes, "B")
+        left = tqdm.format_interval((time.monotonic() - self.start) / count * (self.total - count))
+        self.bar.write(f"{self.total} {self.what} to encode: about {left}, {size} in {self.store.folder}")
 
 
 def _ahead(

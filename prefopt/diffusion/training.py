@@ -12,12 +12,13 @@ from torch import nn
 
 from prefopt import pocket
 from prefopt.config import PreferenceConfig
+from prefopt.diffusion.candidates import Candidates, EncodeInStep, LiveCandidates, encode_candidates
 from prefopt.diffusion.config import DiffusionConfig, ImageArguments
 from prefopt.diffusion.denoiser import Denoiser, denoising_metrics
 from prefopt.diffusion.discriminator import DiscriminatedDenoiser, load_discriminator
 from prefopt.diffusion.families import Family
 from prefopt.diffusion.generator import Sampler
-from prefopt.diffusion.latents import EncodedCandidates, encode_table
+from prefopt.diffusion.latents import Encoder
 from prefopt.diffusion.lora import make_trainable
 from prefopt.diffusion.sampling import load_pipeline, save_pipeline
 from prefopt.diffusion.schedule import Times
@@ -60,13 +61,21 @@ def train(
         raise InputError("--reference cache: this objective has no reference")
     if config.discriminator_name_or_path:
         objective = with_discriminator(objective, config.discriminator_weight)
+    if config.encode == "cache" and config.first_rows(len(tables[0])) is not None:
+        state.print(
+            "this run reads no example twice: --encode live would encode each in its step and keep nothing"
+        )
     pipeline, denoiser, (examples, *held_out) = prepare(config, tables)
+    encode_in_step = None
+    if config.encode == "live":
+        encode_in_step = EncodeInStep(encoder_of(config, config, pipeline, denoiser.family))
     frozen = objective.needs_reference and not config.use_peft and config.reference == "live"
     adversarial = config.discriminator_mode == "adversarial"
     trainer = PreferenceTrainer(
         denoiser,
         config,
         score=DenoisingScore(bool(config.discriminator_name_or_path)),
+        prepare=encode_in_step,
         objective=objective,
         metrics=partial(denoising_metrics, schedule=denoiser.schedule),
         train_dataset=examples,
@@ -85,24 +94,32 @@ def train(
     return trainer
 
 
-def prepare(
-    config: DiffusionConfig, tables: Sequence[Table]
-) -> tuple[Any, Denoiser, list[EncodedCandidates]]:
-    """The pipeline, the denoiser to train in it and each table's encoded examples.
+def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> tuple[Any, Denoiser, Sequence[Candidates]]:
+    """The pipeline, the denoiser to train in it and each table's examples.
 
-    The frozen parts are freed afterwards; if there are prompts for validation they wait on the CPU.
+    The frozen parts are freed once all is encoded; if there are prompts for validation they wait on the CPU.
 
-    The first table is trained on: the times of the others are not spread over its steps.
+    The first table is trained on: of it only the rows that the run reads are encoded, and the times of the
+    others are not spread over its steps.
     """
     dtype = getattr(torch, config.dtype)
     pipeline = load_pipeline(config.model_name_or_path, revision=config.model_revision, dtype=dtype)
     denoiser = _denoiser(config, pipeline)
     torch.manual_seed(config.seed)  # a fresh adapter's random factor is the same on every process
     make_trainable(denoiser.network, pipeline, config, denoiser.family.lora_targets)
+    encoder = encoder_of(config, config, pipeline, denoiser.family)
+    train_table, *others = tables
+    if config.encode == "live":
+        make, rows = partial(LiveCandidates, encoder=encoder), {}
+    else:
+        make, rows = partial(encode_candidates, encoder), {"rows": config.first_rows(len(train_table))}
+    chances = chances_of(config, config)
     examples = [
-        encode(config, config, pipeline, denoiser.family, table, strata=None if number else _strata(config))
-        for number, table in enumerate(tables)
+        make(table=train_table, strata=_strata(config), **rows, **chances),
+        *(make(table=table, **chances) for table in others),
     ]
+    if config.encode == "live":
+        return pipeline, denoiser, examples
     if config.validation_prompts:
         for part in _frozen(denoiser.family):
             getattr(pipeline, part).to("cpu")
@@ -111,15 +128,8 @@ def prepare(
     return pipeline, denoiser, examples
 
 
-def encode(
-    config: PreferenceConfig,
-    images: ImageArguments,
-    pipeline: Any,
-    family: Family,
-    table: Table,
-    **chances: Any,
-) -> EncodedCandidates:
-    """The table's examples, encoded by the pipeline's frozen parts; `chances` go to EncodedCandidates."""
+def encoder_of(config: PreferenceConfig, images: ImageArguments, pipeline: Any, family: Family) -> Encoder:
+    """The pipeline's frozen parts, on this process's device, and where their results are cached."""
     if pipeline.vae.dtype == torch.float16:
         pipeline.vae.float()  # SDXL's VAE overflows in float16
     network: Any = family.network(pipeline)
@@ -130,17 +140,18 @@ def encode(
         )
     for part in _frozen(family):
         getattr(pipeline, part).eval().to(PartialState().device)
-    return encode_table(
-        pipeline,
-        family,
-        table,
-        cache_dir=Path(config.cache_dir or Path(str(config.output_dir), "cache")),
-        resolution=resolution,
-        seed=config.seed,
-        flip_probability=images.flip_probability,
-        drop_probability=images.drop_probability,
-        **chances,
+    return Encoder(
+        pipeline, Path(config.cache_dir or Path(str(config.output_dir), "cache")), resolution, family
     )
+
+
+def chances_of(config: PreferenceConfig, images: ImageArguments) -> dict[str, Any]:
+    """What decides an example's draws."""
+    return {
+        "seed": config.seed,
+        "flip_probability": images.flip_probability,
+        "drop_probability": images.drop_probability,
+    }
 
 
 def free(pipeline: Any, family: Family) -> None:
@@ -160,7 +171,7 @@ def _validation(
     return ValidationImages(
         trainer,
         pipeline,
-        _frozen(family),
+        _frozen(family) if config.encode == "cache" else (),
         list(text_lines(Path(str(config.validation_prompts)))),
         Sampler(config.validation_inference_steps, config.validation_guidance_scale),
         every=config.validation_steps,

@@ -32,8 +32,9 @@ from turns import DTYPES, device_name, take_turns
 
 from prefopt.adapters import lora_config
 from prefopt.config import LoraArguments
+from prefopt.diffusion.candidates import EncodedCandidates
 from prefopt.diffusion.denoiser import Denoiser
-from prefopt.diffusion.latents import EncodedCandidates, Encoder, prepare_image
+from prefopt.diffusion.latents import Encoder, prepare_image
 from prefopt.diffusion.lora import add_lora
 from prefopt.diffusion.tables import Table, read_preferences
 from prefopt.diffusion.training import DenoisingScore

@@ -10,7 +10,9 @@ from pictures import cell, encoded, picture, png, write_pairs
 from PIL import Image
 from tiny import SIZE
 
-from prefopt.diffusion.latents import MIRRORED, EncodedCandidates, Encoder, prepare_image
+from prefopt.diffusion.candidates import EncodedCandidates
+from prefopt.diffusion.families import family_of
+from prefopt.diffusion.latents import MIRRORED, Encoder, prepare_image
 from prefopt.diffusion.sampling import load_pipeline
 from prefopt.diffusion.tables import read_preferences
 from prefopt.draws import draw
@@ -104,7 +106,8 @@ def test_a_decompression_bomb_is_an_error(monkeypatch):
 
 
 def encoder(model: str, folder: Path, resolution: int = SIZE) -> Encoder:
-    return Encoder(load_pipeline(model), folder, resolution, batch_size=3, threads=2)
+    pipeline = load_pipeline(model)
+    return Encoder(pipeline, folder, resolution, family_of(pipeline), batch_size=3, threads=2)
 
 
 @pytest.fixture(scope="module")

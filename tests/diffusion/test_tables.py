@@ -18,6 +18,7 @@ from pictures import (
 )
 from PIL import Image
 
+from prefopt.diffusion.families import family_of
 from prefopt.diffusion.latents import Encoder
 from prefopt.diffusion.sampling import load_pipeline
 from prefopt.diffusion.tables import Table, read_preferences, read_sft
@@ -361,7 +362,8 @@ def test_a_picture_that_changes_under_a_read_table_is_named(tmp_path, stable_dif
     pictures = with_paths(tmp_path / "table")
     table = read_preferences(str(tmp_path / "table"))
     (pictures / "1.png").write_bytes(png(9))
-    encoder = Encoder(load_pipeline(stable_diffusion), tmp_path / "cache", 16)
+    pipeline = load_pipeline(stable_diffusion)
+    encoder = Encoder(pipeline, tmp_path / "cache", 16, family_of(pipeline))
     with pytest.raises(InputError, match="row 1, column chosen: the image has changed since"):
         encoder.images(table, mirrored=False)
 
