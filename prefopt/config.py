@@ -3,7 +3,7 @@
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -34,6 +34,29 @@ IDLE = {
     "do_eval": ": --eval_strategy and a test split evaluate",
     "do_predict": "",
 }
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """A recipe's default learning rates, by what is trained."""
+
+    lora: float
+    full: float  # all weights
+    pocket: float  # a LoRA of the pocket's model
+
+    def option(self) -> Any:
+        """The option that takes them."""
+        return option(
+            None,
+            f"The initial learning rate (default: {self.lora:g} for a LoRA, {self.full:g} for all weights, "
+            f"{self.pocket:g} for a LoRA of the pocket).",
+        )
+
+    def of(self, model: str, *, use_peft: bool) -> float:
+        """The default for a model."""
+        if not use_peft:
+            return self.full
+        return self.pocket if model == pocket.NAME else self.lora
 
 
 @dataclass
@@ -193,7 +216,10 @@ class DatasetArguments:
 class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
     """The options of a recipe that trains a model."""
 
+    RATES: ClassVar[LearningRates]  # a recipe has its own
+
     model_name_or_path: str = option("", "The model to train: a folder or a hub id.")
+    learning_rate: float | None = None
     model_revision: str | None = option(None, "Revision of the model on the hub.")
     max_train_samples: int | None = option(None, "Train on the first N examples (default: all).")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
@@ -203,6 +229,8 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = self.RATES.of(self.model_name_or_path, use_peft=self.use_peft)
         super().__post_init__()
         LoraArguments.__post_init__(self)
         if not self.model_name_or_path:

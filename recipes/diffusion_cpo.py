@@ -19,8 +19,10 @@ out: the paper's filtering of pairs, which data_builders/consensus_pairs.py does
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from prefopt.cli import run
+from prefopt.config import LearningRates
 from prefopt.diffusion.config import DiffusionConfig
 from prefopt.errors import InputError
 from prefopt.objectives import ObjectiveOptions, objective_of
@@ -31,13 +33,14 @@ from prefopt.options import option
 class DiffusionCPOConfig(DiffusionConfig, ObjectiveOptions):
     """The options of this recipe."""
 
+    RATES: ClassVar[LearningRates] = LearningRates(lora=1e-4, full=1e-6, pocket=5e-4)
     loss_type: str = option("cpo", "The objective on pairs of candidates: cpo, simpo or mapo.")
     beta: float = option(1000.0, "Multiplies the difference of mean squared errors.")
     likelihood_weight: float = option(
         1000.0, "For cpo: weight of the chosen's mean squared error; about beta, or the errors rise."
     )
     output_dir: str = option("runs/diffusion_cpo", "Folder for the adapter, checkpoints and logs.")
-    learning_rate: float = option(1e-4, "The initial learning rate.")
+    learning_rate: float | None = RATES.option()
 
     def __post_init__(self) -> None:
         DiffusionConfig.__post_init__(self)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from prefopt.cli import run
+from prefopt.config import LearningRates
 from prefopt.diffusion.config import DiffusionConfig
 from prefopt.objectives import ObjectiveOptions, objective_of
 from prefopt.options import option
@@ -30,6 +31,7 @@ from prefopt.options import option
 class DiffusionDPOConfig(DiffusionConfig, ObjectiveOptions):
     """The options of this recipe."""
 
+    RATES: ClassVar[LearningRates] = LearningRates(lora=1e-4, full=1e-6, pocket=5e-4)
     BETA: ClassVar[str] = "beta_dpo"
 
     beta_dpo: float = option(
@@ -38,7 +40,7 @@ class DiffusionDPOConfig(DiffusionConfig, ObjectiveOptions):
         "not halve its own: its 2500 is 5000 here.",
     )
     output_dir: str = option("runs/diffusion_dpo", "Folder for the adapter, checkpoints and logs.")
-    learning_rate: float = option(1e-4, "The initial learning rate.")
+    learning_rate: float | None = RATES.option()
 
     def __post_init__(self) -> None:
         DiffusionConfig.__post_init__(self)

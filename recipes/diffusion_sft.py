@@ -11,8 +11,10 @@ step to step and falls little; compare samples, not losses.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from prefopt.cli import run
+from prefopt.config import LearningRates
 from prefopt.diffusion.config import DiffusionConfig
 from prefopt.objectives import supervised
 from prefopt.options import option
@@ -22,8 +24,9 @@ from prefopt.options import option
 class DiffusionSFTConfig(DiffusionConfig):
     """The options of this recipe."""
 
+    RATES: ClassVar[LearningRates] = LearningRates(lora=1e-4, full=1e-5, pocket=5e-4)
     output_dir: str = option("runs/diffusion_sft", "Folder for the adapter, checkpoints and logs.")
-    learning_rate: float = option(1e-4, "The initial learning rate.")
+    learning_rate: float | None = RATES.option()
 
 
 def main(config: DiffusionSFTConfig):

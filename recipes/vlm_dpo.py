@@ -19,8 +19,10 @@ learning rate, or raise `beta`.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from prefopt.cli import run
+from prefopt.config import LearningRates
 from prefopt.objectives import ObjectiveOptions, objective_of
 from prefopt.options import option
 from prefopt.vlm.config import VlmConfig
@@ -30,11 +32,12 @@ from prefopt.vlm.config import VlmConfig
 class VlmDPOConfig(VlmConfig, ObjectiveOptions):
     """The options of this recipe."""
 
+    RATES: ClassVar[LearningRates] = LearningRates(lora=1e-5, full=1e-6, pocket=2e-4)
     beta: float = option(
         0.1, "Factor on log p: of whole completions, for ipo and simpo averaged over tokens."
     )
     output_dir: str | None = option("runs/vlm_dpo", "Folder for the adapter, checkpoints and logs.")
-    learning_rate: float = option(1e-5, "The initial learning rate.")
+    learning_rate: float | None = RATES.option()
 
     def __post_init__(self) -> None:
         VlmConfig.__post_init__(self)

@@ -18,8 +18,10 @@ stopped.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from prefopt.cli import run
+from prefopt.config import LearningRates
 from prefopt.options import check_interval, option
 from prefopt.vlm.config import VlmConfig
 
@@ -28,6 +30,7 @@ from prefopt.vlm.config import VlmConfig
 class VlmEnsembleConfig(VlmConfig):
     """The options of this recipe."""
 
+    RATES: ClassVar[LearningRates] = LearningRates(lora=1e-4, full=2e-5, pocket=5e-3)
     members: list[str] = option(
         [
             "lora_alpha=16 lora_dropout=0.05",
@@ -39,7 +42,7 @@ class VlmEnsembleConfig(VlmConfig):
     )
     average_rank: int | None = option(None, "Write the best average of this rank, too.")
     output_dir: str | None = option("runs/vlm_qlora_ensemble", "Folder for adapters, checkpoints and logs.")
-    learning_rate: float = option(1e-4, "The initial learning rate.")
+    learning_rate: float | None = RATES.option()
 
     def __post_init__(self) -> None:
         super().__post_init__()

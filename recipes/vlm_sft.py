@@ -14,8 +14,10 @@ fall within the first epoch; when it falls in later ones alone, answers are bein
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from prefopt.cli import run
+from prefopt.config import LearningRates
 from prefopt.objectives import supervised
 from prefopt.options import option
 from prefopt.vlm.config import VlmConfig
@@ -25,8 +27,9 @@ from prefopt.vlm.config import VlmConfig
 class VlmSFTConfig(VlmConfig):
     """The options of this recipe."""
 
+    RATES: ClassVar[LearningRates] = LearningRates(lora=1e-4, full=2e-5, pocket=5e-3)
     output_dir: str | None = option("runs/vlm_sft", "Folder for the adapter, checkpoints and logs.")
-    learning_rate: float = option(1e-4, "The initial learning rate.")
+    learning_rate: float | None = RATES.option()
 
 
 def main(config: VlmSFTConfig):

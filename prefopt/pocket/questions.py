@@ -142,6 +142,24 @@ def qa_rows(split: Split, count: int | None = None) -> datasets.Dataset:
     return datasets.Dataset.from_list([_row(one) for one in asked], features=_FEATURES)
 
 
+def pair_rows(split: Split, count: int | None = None) -> datasets.Dataset:
+    """The same with the right answer as `chosen`, and one that says nearly the same as `rejected`."""
+    numbers = range(ROWS[split] if count is None else count)
+    rows = [_pair(ask(split, number), [list(ROWS).index(split), number]) for number in numbers]
+    return datasets.Dataset.from_list(rows, features=_PAIR_FEATURES)
+
+
+def _pair(asked: Asked, seed: list[int]) -> dict[str, Any]:
+    words = set(asked.answer.split())
+    others = [answer for answer in answers_to(asked.question) if answer != asked.answer]
+    other_words = [len(words.symmetric_difference(answer.split())) for answer in others]
+    near = [answer for answer, n in zip(others, other_words, strict=True) if n == min(other_words)]
+    wrong = near[np.random.default_rng([*seed, 1]).integers(len(near))]
+    row = _row(asked)
+    chosen = row.pop("completion")
+    return {**row, "chosen": chosen, "rejected": [{"role": "assistant", "content": wrong}]}
+
+
 _MESSAGES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 _FEATURES = datasets.Features(
     {
@@ -150,6 +168,10 @@ _FEATURES = datasets.Features(
         "completion": _MESSAGES,
         "kind": datasets.Value("string"),
     }
+)
+_PAIR_FEATURES = datasets.Features(
+    {name: feature for name, feature in _FEATURES.items() if name != "completion"}
+    | {"chosen": _MESSAGES, "rejected": _MESSAGES}
 )
 
 

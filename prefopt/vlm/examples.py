@@ -198,7 +198,8 @@ def read_vision_examples(
     """The examples of a local folder or a hub id, in any format of `prefopt.vlm.formats`.
 
     A folder may hold a .json or .jsonl file for each split instead of tables, with the pictures that it names
-    in the same folder or below. `pocket` has questions with answers, in the splits train and test.
+    in the same folder or below. `pocket` has questions with answers, right ones or pairs, in the splits train
+    and test.
     `image_token` is how the processor spells an image in text.
     """
     if source == pocket.NAME:
@@ -210,14 +211,10 @@ def read_vision_examples(
 
 
 def _pocket_rows(kind: Kind, split: str) -> datasets.Dataset:
-    if kind == "pairs":
-        raise InputError(
-            "the pocket has questions with answers, and no pairs of them: make some with "
-            "data_builders/self_critique.py, and name its folder with --dataset_name"
-        )
-    from prefopt.pocket.questions import qa_rows  # it draws, which nobody else needs
+    from prefopt.pocket.questions import pair_rows, qa_rows  # they draw, which nobody else needs
 
-    return qa_rows(split)  # pyright: ignore[reportArgumentType] (it refuses a split that it does not have)
+    make = pair_rows if kind == "pairs" else qa_rows
+    return make(split)  # pyright: ignore[reportArgumentType] (it refuses a split that it does not have)
 
 
 def _said(completion: list[dict]) -> list[str]:

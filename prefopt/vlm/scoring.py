@@ -55,6 +55,14 @@ class CompletionScore:
         return Scored(scores, nll=-scores)
 
 
+def completion_metrics(batch: Batch, scores: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of pairs, the scores of both sides under trl's names: log p of a whole completion, in nats."""
+    if scores.shape[1] != 2:
+        return {}
+    ones = torch.ones_like(scores[:, 0])
+    return {"logps/chosen": (scores[:, 0], ones), "logps/rejected": (scores[:, 1], ones)}
+
+
 def check_head(config: PretrainedConfig) -> None:
     """InputError for a model whose language head does not have the last word about its logits."""
     text: Any = config.get_text_config(decoder=True)

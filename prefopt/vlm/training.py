@@ -23,7 +23,7 @@ from prefopt.vlm.examples import VisionExamples, read_vision_examples
 from prefopt.vlm.formats import Kind
 from prefopt.vlm.models import add_lora, check_saved_adapter, four_bits, load_vlm, start_from_lora
 from prefopt.vlm.rows import unshareable
-from prefopt.vlm.scoring import CompletionScore, check_head
+from prefopt.vlm.scoring import CompletionScore, check_head, completion_metrics
 from prefopt.vlm.splits import split_by_image
 from prefopt.vlm.trees import PromptPositions
 from prefopt.vlm.vision import cache_features
@@ -125,6 +125,7 @@ def trainer_of(
         score=score,
         prepare=score.prepare,
         objective=objective,
+        metrics=completion_metrics,
         train_dataset=train_examples,
         data_collator=collator,
         processing_class=processor,

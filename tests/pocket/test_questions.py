@@ -14,7 +14,7 @@ from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.pocket import questions, world
 from prefopt.pocket.drawing import COLOURS
-from prefopt.pocket.questions import Duo, alternatives, ask, duos, is_right, qa_rows, render_duo
+from prefopt.pocket.questions import Duo, alternatives, ask, duos, is_right, pair_rows, qa_rows, render_duo
 from prefopt.pocket.world import Scene
 from prefopt.vlm.examples import VisionExamples
 
@@ -146,3 +146,16 @@ def test_answers_are_words_that_the_llava_has_learned_to_write():
     assert {token for ids in tokens for token in ids} <= learned
     lengths = [len(ids) for ids in tokens]
     assert min(lengths) >= 4 and max(lengths) <= 9 and np.mean(lengths) < 7
+
+
+def test_a_pair_is_the_right_answer_and_one_that_is_nearly_it():
+    pairs, answers = pair_rows("test", 50), qa_rows("test", 50)
+    apart = Counter()
+    for pair, answer in zip(pairs, answers, strict=True):
+        assert pair["prompt"] == answer["prompt"] and pair["images"] == answer["images"]
+        assert pair["chosen"] == answer["completion"]
+        rejected = pair["rejected"][0]["content"]
+        assert alternatives(answer)[rejected] is False
+        apart[len(set(rejected.split()) - set(pair["chosen"][0]["content"].split()))] += 1
+    assert apart[1] > 40, "one word in most of them"
+    assert pair_rows("test", 3)[2] == pairs[2], "a pure function of split and number"

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline
 from launching import ROOT, launch
-from running import logged
+from running import CONFIGS, logged, recipe
 
 from prefopt.diffusion.generator import Generator
 from prefopt.diffusion.sampling import load_generator, load_pipeline
 
-DPO, SFT = "recipes/diffusion_dpo.py", "recipes/diffusion_sft.py"
+DPO, SFT, VLM_DPO = "recipes/diffusion_dpo.py", "recipes/diffusion_sft.py", "recipes/vlm_dpo.py"
 
 
 def two_steps(script: str, output: Path, **options) -> list[float]:
@@ -47,12 +47,31 @@ def test_sft_trains_on_the_chosen_images(stable_diffusion, pairs, tmp_path):
     assert second != first
 
 
-@pytest.mark.parametrize("script", [DPO, SFT])
+@pytest.mark.parametrize("script", [DPO, SFT, VLM_DPO])
 def test_without_arguments_the_pocket_trains(script, tmp_path):
     losses = two_steps(script, tmp_path / "run")
     assert len(losses) == 2
-    expected = math.log(2) if script == DPO else 0.2
-    assert losses[0] == pytest.approx(expected, abs=1e-6 if script == DPO else 0.2)
+    expected = 0.2 if script == SFT else math.log(2)
+    assert losses[0] == pytest.approx(expected, abs=0.2 if script == SFT else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "full", "of_pocket"),
+    [
+        ("diffusion_dpo", 1e-4, 1e-6, 5e-4),
+        ("diffusion_sft", 1e-4, 1e-5, 5e-4),
+        ("vlm_dpo", 1e-5, 1e-6, 2e-4),
+        ("vlm_sft", 1e-4, 2e-5, 5e-3),
+    ],
+)
+def test_the_learning_rate_goes_by_what_is_trained(name, lora, full, of_pocket, tmp_path):
+    """Guards: all weights trained at a LoRA's learning rate, which destroys the model."""
+    make = getattr(recipe(name), CONFIGS[name])
+    options = {"output_dir": str(tmp_path), "dataset_name": "my/data"}
+    assert make(model_name_or_path="my/model", **options).learning_rate == lora
+    assert make(model_name_or_path="my/model", use_peft=False, **options).learning_rate == full
+    assert make(**options).learning_rate == of_pocket
+    assert make(learning_rate=0.5, **options).learning_rate == 0.5
 
 
 @pytest.mark.parametrize(

@@ -194,8 +194,21 @@ def test_what_is_kept_changes_no_loss(setting: dict, tmp_path: Path, capsys) -> 
     written = [shard.stat().st_mtime_ns for shard in shards]
     train(setting, tmp_path / "again", **epochs, beta=0.3)  # another beta shares what is kept
     assert [shard.stat().st_mtime_ns for shard in sorted((tmp_path / "c").rglob("*.safetensors"))] == written
-    train(setting, tmp_path / "other", **epochs, max_length=90)  # other scores, beside the first ones
+    with pytest.raises(InputError, match=r"cache .* does not fit this run. max_length: None .*, 90"):
+        train(setting, tmp_path / "other", **epochs, max_length=90)
+    train(setting, tmp_path / "cut", **epochs | {"vision_features": "live"}, max_length=90)
     assert len(list((tmp_path / "c" / "reference").iterdir())) == 2
+
+
+def test_log_p_of_both_sides_is_logged_as_trl_does(setting: dict, tmp_path: Path) -> None:
+    """Of a step over all examples, before any is trained on."""
+    trainer = train(setting, tmp_path, max_steps=1, gradient_accumulation_steps=6)
+    batch = trainer.data_collator([trainer.train_dataset[i, 0] for i in range(12)])
+    with torch.no_grad(), adapters_off(trainer.model) as model:
+        chosen, rejected = trainer.score(model, batch).scores.mean(0).tolist()
+    assert logged(tmp_path, "logps/chosen") == pytest.approx([chosen], abs=1e-4)
+    assert logged(tmp_path, "logps/rejected") == pytest.approx([rejected], abs=1e-4)
+    assert chosen != pytest.approx(rejected, abs=1e-2) and max(chosen, rejected) < 0
 
 
 def test_held_out_images_are_measured_and_not_trained_on(setting: dict, tmp_path: Path) -> None:
