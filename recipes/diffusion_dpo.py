@@ -31,7 +31,7 @@ from prefopt.options import option
 class DiffusionDPOConfig(DiffusionConfig, ObjectiveOptions):
     """The options of this recipe."""
 
-    RATES: ClassVar[LearningRates] = LearningRates(lora=1e-4, full=1e-6, pocket=5e-4)
+    RATES: ClassVar[LearningRates] = LearningRates(lora=1e-4, full=1e-6, pocket=1e-3)
     BETA: ClassVar[str] = "beta_dpo"
 
     beta_dpo: float = option(
