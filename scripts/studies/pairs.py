@@ -13,7 +13,7 @@ comparison does; no builder may.
 import argparse
 import io
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy.special import expit
 
-from data_builders.engine.stages import by_prompt
+from data_builders.engine.stages import Group, Pair, by_prompt
 from data_builders.export.gallery import write_gallery
+from data_builders.images.selection import ranked
 from prefopt.errors import InputError
 from prefopt.evaluation import words
 from prefopt.evaluation.stats import pairwise_accuracy
@@ -49,13 +50,14 @@ class Judged:
         self.prompts = [row["prompt"] for row in self.candidates]
         self.right = Oracle.load().correct(images, self.prompts)
         places = {(row["prompt_id"], row["seed"]): i for i, row in enumerate(self.candidates)}
-        columns = ["prompt_id", "chosen_seed", "rejected_seed"]
+        columns = ["prompt_id", "chosen_seed", "rejected_seed", "margin"]
         pairs = [tuple(row.values()) for row in _rows(build / "pairs", columns)]
         if not pairs:
             raise InputError(f"{build} holds no pairs: build it with --exports pairs")
         self.pairs = [
-            (places[prompt, chosen], places[prompt, rejected]) for prompt, chosen, rejected in pairs
+            (places[prompt, chosen], places[prompt, rejected]) for prompt, chosen, rejected, _ in pairs
         ]
+        self.margins = [margin for *_, margin in pairs]
 
     def agreement(self, part: str) -> dict | None:
         """How often the judge prefers the one of two candidates that has this right, with an interval."""
@@ -138,7 +140,12 @@ def show_in_gallery(judged: Judged, build: Path) -> Path:
     worth = {part: found for part in PARTS if (found := judged.agreement(part))}
     said = "; ".join(f"{part} {rate(found)}" for part, found in worth.items())
     facts = judged.about["facts"] | {"the judge agrees with the oracle, by attribute": said}
-    return write_gallery(build, by_prompt(judged.rows), facts=facts)
+    pairs = defaultdict(list)
+    for (chosen, rejected), margin in zip(judged.pairs, judged.margins, strict=True):
+        pair = Pair(judged.candidates[chosen], judged.candidates[rejected], margin)
+        pairs[pair.chosen["prompt_id"]].append(pair)
+    groups = (Group(rows, ranked(rows), pairs[rows[0]["prompt_id"]]) for rows in by_prompt(judged.rows))
+    return write_gallery(build, groups, judged.rubric, selection=judged.about["selection"], facts=facts)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from builds import build_of, calls
 from launching import torchrun
 from PIL import Image
 
+from data_builders.engine.reasons import NO_MARGIN, SAME_IMAGE, TOO_FEW, UNPAIRED
 from data_builders.engine.stages import Group, flow, in_threads, is_valid
 from data_builders.engine.tables import PAIRS
 from data_builders.export import writers
@@ -25,10 +26,6 @@ from data_builders.export.writers import in_test, write_exports
 from data_builders.images.build import replaced
 from data_builders.images.generation import candidate_seed, encode, expand
 from data_builders.images.selection import (
-    NO_MARGIN,
-    SAME_IMAGE,
-    TOO_FEW,
-    UNPAIRED,
     PairOptions,
     pairs,
     rank,
