@@ -2,10 +2,13 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection
+from math import isfinite
+
+from scipy.special import expit
 
 from data_builders.engine.stages import Group, Record
-from prefopt.evaluation.words import PERCENT
-from prefopt.judges.questions import NO, YES
+from prefopt.evaluation.words import PERCENT, signed
+from prefopt.judges.questions import NO, YES, Answer
 from prefopt.judges.rubric import Item, Rubric
 
 # What a detector is asked, by the check.
@@ -23,15 +26,26 @@ def fill(item: Item, class_name: str, prompt: str) -> str:
     return text.replace("{class}", class_name).replace("{prompt}", prompt)
 
 
+def soft_points(rubric: Rubric, row: Record) -> dict[str, float]:
+    """A judged candidate's soft points, by question; their sum is the judge's score."""
+    answers, empty = (
+        {
+            name: Answer({YES: float(expit(d)), NO: float(expit(-d))}, other)
+            for name, d, other in zip(row["questions"], row[column], row["other_mass"], strict=True)
+        }
+        for column in ("log_odds", "empty_log_odds")
+    )
+    return rubric.soft_points(answers, empty)
+
+
 class Tally:
-    """How often each question was answered yes, no or unclear, and in how many pairs it favours a side."""
+    """How often each question was answered yes, no or unclear, and how much it made of the pairs' margins."""
 
     def __init__(self, rubric: Rubric):
         self.rubric = rubric
         self.images = Counter[str]()  # judged ones, by side; an image of two pairs counts in both
-        self.pairs = 0
         self.verdicts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by side and question
-        self.favours: dict[str, Counter[str]] = defaultdict(Counter)  # by question; the better side of pairs
+        self.gaps: dict[str, float] = dict.fromkeys((item.name for item in rubric.items), 0.0)
 
     @property
     def judged(self) -> int:
@@ -45,17 +59,23 @@ class Tally:
             if row["selected"]:
                 self._add("selected", row)
         for chosen, rejected, _ in group.pairs:
-            self.pairs += 1
             self._add("chosen", chosen)
             self._add("rejected", rejected)
-            for name, good, bad in zip(
-                chosen["questions"], chosen["points"], rejected["points"], strict=True
-            ):
-                self.favours[name]["chosen" if good > bad else "rejected" if good < bad else "neither"] += 1
+            better, worse = soft_points(self.rubric, chosen), soft_points(self.rubric, rejected)
+            self.gaps = {name: gap + better[name] - worse[name] for name, gap in self.gaps.items()}
+
+    def shares(self) -> dict[str, float]:
+        """How much each question made of the difference in the judge's score between the images of the pairs.
+
+        The shares sum to 1; empty if there is no difference, or one that is no finite number.
+        """
+        total = sum(self.gaps.values())
+        return {name: gap / total for name, gap in self.gaps.items()} if total and isfinite(total) else {}
 
     def rows(self, classes: Collection[str]) -> list[Record]:
         """A line for each question, shares in words; of a build of one class, its name is in the text."""
         class_name = next(iter(classes)) if len(classes) == 1 else "{class}"
+        shares = self.shares()
         return [
             {
                 "name": item.name.replace("_", " "),
@@ -65,10 +85,7 @@ class Tally:
                 "needs": [need.replace("_", " ") for need in item.needs],
                 "yes": {side: self._share(side, item.name, YES) for side in SIDES},
                 "unclear": self._share("all", item.name, ""),
-                "favours": {
-                    side: _percent(self.favours[item.name][side], self.pairs)
-                    for side in ("chosen", "rejected")
-                },
+                "share": signed(f"{100 * shares[item.name]:.1f}{PERCENT}") if shares else "",
             }
             for item in self.rubric.items
         ]

@@ -49,7 +49,7 @@ def candidate(scene, place, answers="", *, rank=None, selected=False, reason="",
         "verdicts": verdicts,
         "log_odds": [{"yes": 2.31, "no": -1.7, "": 0.02}[v] + place / 10 for v in verdicts],
         "empty_log_odds": [0.4] * len(answers),
-        "other_mass": [0.012] * len(answers),
+        "other_mass": [0.012 if v else 0.9 for v in verdicts],
         "points": points,
         "hard_score": sum(points),
         "soft_score": 0.7 * sum(points),
@@ -229,22 +229,40 @@ def test_candidates_stand_in_rank_order_with_their_scores_and_reasons(gallery):
     assert all(root.text.count(f"seed {seed}") == 1 for seed in seeds)
 
 
+def soft(row):
+    """A candidate's soft points by the rubric's formula, restated; what needs an absent class is 0."""
+    clear = zip(RUBRIC.items, row["verdicts"], row["log_odds"], strict=True)
+    absent = row["verdicts"][QUESTIONS.index("class_visible")] == "no"
+    return {
+        item.name: item.sign * math.tanh((d - 0.4) / 2) if v and not (item.needs and absent) else 0.0
+        for item, v, d in clear
+    }
+
+
 def test_the_questions_are_there_with_how_they_were_answered(gallery):
     """By hand: of ten judged images, two selected ones, and three pairs."""
     _, root = gallery
+    lions, zebra, green = three_prompts()
+    made = [(soft(a), soft(b)) for a, b in ((lions[3], lions[2]), (zebra[1], zebra[2]), (green[0], green[3]))]
+    gaps = {name: sum(a[name] - b[name] for a, b in made) for name in QUESTIONS}
+    part = {name: f"{100 * gap / sum(gaps.values()):.1f} %" for name, gap in gaps.items()}
+    assert part["whole_prompt"] == "26.4 %"
     table = next(root.all("questions"))
     heads = [th.text for th in next(table.all("thead")).all("th")]
     assert heads == [
         *("question", "weight", "good answer", "yes, all", "unclear, all", "yes, selected"),
-        *("yes, chosen", "yes, rejected", "chosen better", "rejected better"),
+        *("yes, chosen", "yes, rejected", "part of margin"),
     ]
     rows = [[cell.text for cell in row.children] for row in next(table.all("tbody")).all("tr")]
-    assert len(rows) == 10 and [len(row) for row in rows] == [10] * 10
+    assert len(rows) == 10 and [len(row) for row in rows] == [9] * 10
     assert rows[9] == [
         "10. whole promptDoes the picture show everything that the description asks for?",
-        *("1", "yes", "40.0 %", "30.0 %", "100.0 %", "100.0 %", "0.0 %", "100.0 %", "0.0 %"),
+        *("1", "yes", "40.0 %", "30.0 %", "100.0 %", "100.0 %", "0.0 %", part["whole_prompt"]),
     ]
-    assert rows[1][1:] == ["1", "no", *("10.0 %", "0.0 %", "0.0 %", "0.0 %", "33.3 %", "33.3 %", "0.0 %")]
+    assert rows[1][1:] == [
+        *("1", "no", "10.0 %", "0.0 %", "0.0 %", "0.0 %", "33.3 %"),
+        part["odd_pattern"].replace("-", MINUS),
+    ]
     assert rows[3][0].endswith("of the {class} normal? (Counts unless the answer to class visible was no.)")
     assert "{class} stands for the class of the prompt" in next(table.all("caption")).text
     words = dict(zip((e.text for e in root.all("dt")), (e.text for e in root.all("dd")), strict=True))

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -293,6 +294,15 @@ def test_the_same_command_loads_nothing_and_neither_does_another_selection(workp
         main(settings(workplace, "whole", min_margin=1000.0))
     main(settings(workplace, "whole"))
     assert candidates_of(folder) == before
+
+
+def test_the_gallery_shows_the_pairs_if_a_table_holds_them(workplace):
+    shutil.copytree(workplace / "whole", workplace / "shown")
+    for exports, said in ((["ranked"], "0 pairs"), (["pairs"], "7 pairs"), (["pickapic"], "7 pairs")):
+        main(settings(workplace, "shown", exports=exports))
+        page = (workplace / "shown" / "gallery.html").read_text()
+        assert f"7 prompts, 21 images, {said}" in page
+        assert page.count("&#9650; chosen over image") == int(said[0]), "best against worst"
 
 
 def test_more_prompts_generate_only_the_new_blocks(workplace):
