@@ -462,6 +462,8 @@ def test_the_page_needs_nothing_beside_itself_and_runs_its_own_script_only(galle
     policy = next(m for m in root.all("meta") if "http-equiv" in m.attributes).attributes["content"]
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
     assert "hidden" in next(root.all("form")).attributes, "no controls that do nothing"
+    buttons = list(next(root.all("main")).all("button"))
+    assert len(buttons) == 11 and all("disabled" in button.attributes for button in buttons)
     assert not [c for c in root.all("candidate") if "hidden" in c.attributes]
 
 
