@@ -4,21 +4,16 @@ The page needs nothing beside itself. It holds small copies of the images, of a 
 which of a larger build are shown follows from the hashes of prompts and images.
 """
 
-import base64
-import hashlib
 import heapq
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from data_builders.answers.selection import is_consistent, pair_key, why_no_pair
+from data_builders.answers.selection import REASONS, SENTENCES, is_consistent, why_no_pair
 from data_builders.engine.stages import INVALID, NOT_SELECTED, Group, Record
-from data_builders.export.gallery import PIXELS, number
-from prefopt.evaluation.report import page_templates
-from prefopt.files import reporting_write_errors, write_atomically
+from data_builders.export.pages import number, picture, spread, write_page
 
 
 def write_gallery(
@@ -28,7 +23,7 @@ def write_gallery(
     *,
     total: int,
     facts: Mapping[str, str],
-    thumbnail: int = 320,
+    thumbnail: int = 384,
     limit: int = 200,
 ) -> Path:
     """Write gallery.html in the folder `output`; return its path.
@@ -39,37 +34,40 @@ def write_gallery(
     numbered = enumerate(groups)
     sample = heapq.nsmallest(limit, numbered, key=lambda entry: entry[1].candidates[0]["prompt_id"])
     prompts = [_prompt(group, images, thumbnail) for _, group in sorted(sample, key=lambda entry: entry[0])]
-    environment = page_templates(Path(__file__).parent)
-    environment.filters["sha256"] = _sha256
-    page = environment.get_template("gallery.html.jinja").render(
+    return write_page(
+        output / "gallery.html",
+        "answers/gallery.html.jinja",
+        title="Answers and pairs",
         facts=facts,
         total=total,
         prompts=prompts,
-        reasons=Counter(prompt["reason"] for prompt in prompts if prompt["reason"]).most_common(),
+        has_margins=any("widest" in prompt for prompt in prompts),
+        kinds=_kinds(prompts),
+        sentences=SENTENCES,
     )
-    path = output / "gallery.html"
-    with reporting_write_errors(path):
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, page)
-    return path
 
 
 def _prompt(group: Group, images: Callable[[Record], Sequence[Image.Image]], thumbnail: int) -> Record:
     """One prompt as the template shows it: answers by rank, those without a rank last."""
     first = group.candidates[0]
-    pictures = [_picture(image, thumbnail) for image in images(first)]
+    pictures = [picture(image, thumbnail) for image in images(first)]
     ordered = sorted(group.candidates, key=lambda r: (r["rank"] is None, r["rank"] or 0, r["candidate"]))
     chosen = {pair.chosen["candidate"] for pair in group.pairs}
     rejected = {pair.rejected["candidate"] for pair in group.pairs}
-    return {
+    margins = [pair.margin for pair in group.pairs]
+    reason = why_no_pair(group)
+    kinds = [f"without-{REASONS.index(reason)}"] if reason else ["pair"]
+    if not all(map(is_consistent, group.pairs)):
+        kinds.append("inconsistent")
+    shown = {
         "images": pictures,
         "messages": [{"role": m["role"], "text": _words(m, len(pictures))} for m in first["prompt"]],
         "reference": first["reference"],
         "row": first["item"],
-        "reason": why_no_pair(group),
+        "reason": reason,
+        "kinds": kinds,
         "pairs": [
             {
-                "key": pair_key(pair),
                 "chosen": pair.chosen["candidate"],
                 "rejected": pair.rejected["candidate"],
                 "p": number(0.5 + pair.margin, ".2f"),
@@ -92,6 +90,7 @@ def _prompt(group: Group, images: Callable[[Record], Sequence[Image.Image]], thu
             for record in ordered
         ],
     }
+    return shown | spread(margins)
 
 
 def _words(message: dict, images: int) -> str:
@@ -102,20 +101,9 @@ def _words(message: dict, images: int) -> str:
     )
 
 
-def _picture(image: Image.Image, thumbnail: int) -> Record:
-    """The image as a data URI of a lossy WebP, with its size."""
-    small, buffer = image.copy(), io.BytesIO()
-    small.thumbnail((thumbnail, thumbnail), Image.Resampling.LANCZOS)
-    small.save(buffer, format="WEBP", quality=82)
-    content = base64.b64encode(buffer.getvalue()).decode()
-    return {
-        "source": f"data:image/webp;base64,{content}",
-        "width": image.width,
-        "height": image.height,
-        "is_small": max(image.size) < PIXELS,
-    }
-
-
-def _sha256(script: str) -> str:
-    """What a content security policy calls a script that it lets run."""
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def _kinds(prompts: list[Record]) -> dict[str, tuple[str, int]]:
+    """What prompts can be filtered by: what it is called, and how many prompts are of it."""
+    counts = Counter(kind for prompt in prompts for kind in prompt["kinds"])
+    told = {"pair": "with a pair", "inconsistent": "a pair whose two orders disagree"}
+    told |= {f"without-{place}": f"no pair: {SENTENCES[reason]}" for place, reason in enumerate(REASONS)}
+    return {name: (words, counts[name]) for name, words in told.items() if counts[name]}

@@ -31,6 +31,17 @@ UNPAIRED = "in no pair"
 BALANCE = "length balance"
 # Of a prompt without a pair, the first of these that one of its answers has.
 REASONS = (BALANCE, ABSTAINED, UNREADABLE, IDENTICAL, UNFINISHED, EMPTY, SHOWS_IMAGE, TOO_FEW)
+SENTENCES = {
+    UNFINISHED: "the answer was cut off at the most tokens allowed",
+    EMPTY: "the answer is empty",
+    SHOWS_IMAGE: "the answer holds the placeholder of an image",
+    UNREADABLE: "the critic's reply could not be read",
+    IDENTICAL: "another answer has the same words",
+    TOO_FEW: "there is no second valid answer to compare with",
+    ABSTAINED: "the critic is not sure enough which answer is better",
+    UNPAIRED: "the pairs of this prompt were made of other answers",
+    BALANCE: "left out so that chosen answers are longer as often as shorter",
+}
 
 Compare = Callable[[Record, str, str], Preference | None]
 

@@ -109,7 +109,7 @@ class Summary:
             "prompts": ", ".join(f"{count} {name}" for name, count in self.prompts.items()),
             "candidates": f"{figures['candidates']}, {figures['judged']} judged{boxes}",
             "prompts with a selected image": (
-                f"{sum(self.with_selected.values())} (none: {reasons(self.without + self.left_out)})"
+                f"{sum(self.with_selected.values())} (without one: {reasons(self.without + self.left_out)})"
             ),
             **{
                 f"mean {name} score": f"{figures[f'mean_{name}_score']}{most}; "
@@ -176,6 +176,7 @@ def write_build(
     """
     build = {
         "facts": summary.facts(counts),
+        "selection": selection,
         "figures": summary.figures(),
         "rows": {name: dict(by_split) for name, by_split in counts.items()},
         "dropped": summary.dropped(),

@@ -15,6 +15,7 @@ from accelerate import PartialState
 
 from data_builders.engine.blocks import ImageBlocks, Images
 from data_builders.engine.passes import Pass, run_passes
+from data_builders.engine.reasons import SCORE_NOT_FINITE
 from data_builders.engine.stages import (
     NOT_SELECTED,
     Group,
@@ -34,7 +35,7 @@ from data_builders.images.config import BuilderConfig
 from data_builders.images.detection import DetectObjects
 from data_builders.images.detector_checks import check
 from data_builders.images.generation import GenerateImages
-from data_builders.images.judging import NOT_FINITE, JudgeImages, open_row
+from data_builders.images.judging import JudgeImages, open_row
 from data_builders.images.selection import combine, pairs, rank, ranked
 from data_builders.prompts.reading import Prompts
 from prefopt.detectors import Box, Detector
@@ -196,8 +197,15 @@ class Build:
             folder, asdict(config), identities, summary, counts, selection=self.selection, run=run
         )
         if config.gallery:
-            candidates = (group.candidates for group in groups())
-            write_gallery(folder, candidates, facts=summary.facts(counts))
+            # Pairs that no table holds are none.
+            paired = not {"pairs", "pickapic"}.isdisjoint(config.exports)
+            write_gallery(
+                folder,
+                (group if paired else group._replace(pairs=[]) for group in groups()),
+                self.rubric,
+                selection=self.selection,
+                facts=summary.facts(counts),
+            )
         if config.push_to_hub:
             push(folder, config.push_to_hub)
         return said
@@ -234,7 +242,7 @@ class Build:
         if discriminator:
             row["discriminator_score"] = discriminator.soft_score(row)
             if not isfinite(row["discriminator_score"]):
-                return mark_invalid(row | {"discriminator_score": None}, NOT_FINITE)
+                return mark_invalid(row | {"discriminator_score": None}, SCORE_NOT_FINITE)
         boxes = detect.boxes(row) if detect else []
         return judge.scored(row, self._checks(row, boxes), boxes)
 

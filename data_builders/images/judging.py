@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from data_builders.engine.blocks import Images
 from data_builders.engine.passes import ModelPass
+from data_builders.engine.reasons import SCORE_NOT_FINITE
 from data_builders.engine.stages import Record, batched, is_valid, mark_invalid
 from data_builders.images.config import BuilderConfig
 from prefopt import pocket
@@ -28,7 +29,6 @@ from prefopt.store import Ledger
 
 EMPTY = "empty"  # stands for the pixels' hash of the empty image
 GREY = (128, 128, 128)
-NOT_FINITE = "score not finite"
 
 
 def judge_of(config: BuilderConfig, rubric: Rubric, device: torch.device) -> Lazy[Judge]:
@@ -123,13 +123,13 @@ class JudgeImages(ModelPass[Judge]):
         answers = self.answers(row)
         empty = self.answers(empty_image(row)) if self.calibrate else {}
         if answers is None or empty is None:
-            return mark_invalid(row, NOT_FINITE)
+            return mark_invalid(row, SCORE_NOT_FINITE)
         answers |= checks
         verdicts = {name: answer.verdict for name, answer in answers.items()}
         points = self.rubric.points(verdicts)
         soft_score = sum(self.rubric.soft_points(answers, empty).values())
         if not isfinite(soft_score):
-            return mark_invalid(row, NOT_FINITE)
+            return mark_invalid(row, SCORE_NOT_FINITE)
         names = row["questions"]
         return row | {
             "verdicts": [verdicts[name] or "" for name in names],

@@ -8,16 +8,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
+from data_builders.engine.reasons import (
+    LESS_SURE,
+    LOWER,
+    NO_MARGIN,
+    SAME_IMAGE,
+    TOO_FEW,
+    UNDETECTED,
+    UNPAIRED,
+)
 from data_builders.engine.stages import NOT_SELECTED, Pair, Record, Stage, by_prompt, is_valid
 from prefopt.judges.rubric import best
-
-LOWER = "a lower score"
-UNDETECTED = "no detection"
-LESS_SURE = "detected less surely"
-UNPAIRED = "in no pair"
-NO_MARGIN = "no margin"
-SAME_IMAGE = "same image twice"
-TOO_FEW = "no second image"
 
 PairRule = Literal["best_worst", "adjacent", "all"]
 
@@ -80,7 +81,7 @@ def select_optimal(threshold: float | None, *, soft_decides: bool = False) -> St
                     elif not found or (soft_decides and not any(record is one for one in found)):
                         reason = UNDETECTED
                     else:
-                        reason = LOWER if soft_decides else LESS_SURE
+                        reason = LOWER if soft_decides or threshold is None else LESS_SURE
                 yield _decided(record, record is optimal, reason)
 
     return stage

@@ -13,22 +13,22 @@ comparison does; no builder may.
 import argparse
 import io
 import json
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from scipy.special import expit
 
-from data_builders.engine.stages import by_prompt
+from data_builders.engine.stages import Group, Pair, by_prompt
 from data_builders.export.gallery import write_gallery
+from data_builders.export.tally import Tally
+from data_builders.images.selection import ranked
 from prefopt.errors import InputError
 from prefopt.evaluation import words
 from prefopt.evaluation.stats import pairwise_accuracy
-from prefopt.judges.questions import NO, YES, Answer
 from prefopt.judges.rubric import Rubric
 from prefopt.pocket.oracle import Oracle
 from prefopt.pocket.world import ATTRIBUTES
@@ -49,13 +49,14 @@ class Judged:
         self.prompts = [row["prompt"] for row in self.candidates]
         self.right = Oracle.load().correct(images, self.prompts)
         places = {(row["prompt_id"], row["seed"]): i for i, row in enumerate(self.candidates)}
-        columns = ["prompt_id", "chosen_seed", "rejected_seed"]
+        columns = ["prompt_id", "chosen_seed", "rejected_seed", "margin"]
         pairs = [tuple(row.values()) for row in _rows(build / "pairs", columns)]
         if not pairs:
             raise InputError(f"{build} holds no pairs: build it with --exports pairs")
         self.pairs = [
-            (places[prompt, chosen], places[prompt, rejected]) for prompt, chosen, rejected in pairs
+            (places[prompt, chosen], places[prompt, rejected]) for prompt, chosen, rejected, _ in pairs
         ]
+        self.margins = [margin for *_, margin in pairs]
 
     def agreement(self, part: str) -> dict | None:
         """How often the judge prefers the one of two candidates that has this right, with an interval."""
@@ -73,33 +74,25 @@ class Judged:
 
     def shares(self) -> dict[str, float]:
         """How much of the pairs' mean margin each question made; of 1 in all."""
-        points = [self.points(row) for row in self.candidates]
-        gaps = {
-            name: float(np.mean([points[a][name] - points[b][name] for a, b in self.pairs]))
-            for name in points[0]
-        }
-        return {name: gap / sum(gaps.values()) for name, gap in gaps.items()}
+        tally = Tally(self.rubric)
+        for group in self.groups():
+            tally.add(group)
+        return tally.shares()
 
-    def points(self, row: dict) -> dict[str, float]:
-        """The soft points of a candidate, by question."""
-        answers, empty = (
-            {
-                name: _answer(d, other)
-                for name, d, other in zip(row["questions"], row[column], row["other_mass"], strict=True)
-            }
-            for column in ("log_odds", "empty_log_odds")
-        )
-        return self.rubric.soft_points(answers, empty)
+    def groups(self) -> Iterator[Group]:
+        """The candidates of each prompt with their pairs."""
+        pairs = defaultdict(list)
+        for (a, b), margin in zip(self.pairs, self.margins, strict=True):
+            pair = Pair(self.candidates[a], self.candidates[b], margin)
+            pairs[pair.chosen["prompt_id"]].append(pair)
+        for rows in by_prompt(self.rows):
+            yield Group(rows, ranked(rows), pairs[rows[0]["prompt_id"]])
 
     def differences(self) -> Counter[int]:
         """Pairs by the number of attributes that one image has right and the other has not."""
         return Counter(
             sum(int(self.right[name][a] != self.right[name][b]) for name in ATTRIBUTES) for a, b in self.pairs
         )
-
-
-def _answer(log_odds: float, other_mass: float) -> Answer:
-    return Answer({YES: float(expit(log_odds)), NO: float(expit(-log_odds))}, other_mass)
 
 
 def _rows(folder: Path, columns: list[str] | None = None) -> list[dict]:
@@ -138,7 +131,9 @@ def show_in_gallery(judged: Judged, build: Path) -> Path:
     worth = {part: found for part in PARTS if (found := judged.agreement(part))}
     said = "; ".join(f"{part} {rate(found)}" for part, found in worth.items())
     facts = judged.about["facts"] | {"the judge agrees with the oracle, by attribute": said}
-    return write_gallery(build, by_prompt(judged.rows), facts=facts)
+    return write_gallery(
+        build, judged.groups(), judged.rubric, selection=judged.about["selection"], facts=facts
+    )
 
 
 def main() -> None:

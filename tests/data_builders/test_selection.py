@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_builders.engine.reasons import LESS_SURE, LOWER, UNDETECTED
 from data_builders.engine.stages import Group, Pair, flow
 from data_builders.export.tables import EXPORTS
 from data_builders.images.detector_checks import UNCLEAR, check, expected_colour, expected_count
 from data_builders.images.selection import (
-    LESS_SURE,
-    LOWER,
-    UNDETECTED,
     PairOptions,
     combine,
     pairs,
@@ -61,6 +59,7 @@ def test_a_prompt_without_a_detection_yields_nothing_and_says_so():
 def test_without_a_detector_the_soft_score_decides():
     group = decided([(8, 7.0, 0.0), (8, 7.5, 0.0), (7, 9.0, 0.0)], threshold=None)
     assert [row["selected"] for row in group] == [False, True, False]
+    assert [row["not_selected_reason"] for row in group] == [LOWER, "", LOWER]
 
 
 def test_of_one_question_the_soft_score_decides_among_all_that_are_detected():

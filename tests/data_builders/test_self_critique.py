@@ -1,11 +1,14 @@
 """The self-critique builder: what it keeps, repeats and writes; generator and judge are mostly stand-ins."""
 
 import hashlib
+import html
 import json
+import re
 from itertools import combinations
 from math import exp
 
 import pytest
+from browser import after
 from builds import build_of, calls, contents, kept, kill_at, table, texts_of
 from datasets import Dataset, load_dataset
 from servers import Scripted, chat
@@ -13,6 +16,7 @@ from tiny_vlm import IMAGE_TOKENS, picture, tiny_judge, vision_pairs
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from data_builders.answers.config import SelfCritiqueConfig
+from data_builders.answers.selection import REASONS
 from data_builders.self_critique import main
 from prefopt.errors import InputError
 from prefopt.judges.critic import TypedCritic
@@ -401,6 +405,48 @@ def test_the_gallery_runs_nothing_of_an_answer(whole):
     assert SCRIPT not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co" in page
     assert page.count("<script>") == 1 and page.count("<article") == 2 * ROWS
     assert page.count("data:image/webp") == ROWS and 'src="http' not in page
+
+
+USED = """
+const form = document.querySelector("form"), seen = [];
+const shown = () => [...document.querySelectorAll(".prompt")].filter((each) => each.checkVisibility());
+function set(name, value) {
+  form.elements[name].value = value;
+  form.elements[name].dispatchEvent(new Event("input", {bubbles: true}));
+}
+const kinds = [...form.elements.kind.options].map((option) => option.value).slice(1);
+for (const kind of kinds) { set("kind", kind); seen.push([kind, shown().length]); }
+set("kind", "");
+for (const order of ["widest", "narrowest"]) {
+  set("order", order);
+  seen.push([order, shown().map((each) => each.querySelector(".good:not(h3 *)")?.textContent ?? "")]);
+}
+document.querySelector("main button").click();
+const large = document.querySelector("dialog img");
+seen.push(["large", document.querySelector("dialog").open && large.clientWidth > 200]);
+document.title = JSON.stringify(seen);
+"""
+
+
+def test_a_reader_of_the_gallery_sorts_filters_and_enlarges(whole):
+    title = re.search(r"<title>(.*)</title>", after(whole / "gallery.html", USED))
+    assert title
+    seen = dict(json.loads(html.unescape(title[1])))
+    reasons = table_of_reasons(whole)
+    assert {kind: seen[kind] for kind in seen if kind.startswith("without")} == {
+        f"without-{REASONS.index(reason)}": count for reason, count in reasons.items()
+    }
+    assert seen["pair"] == len(table(whole, "pairs")) and seen["large"] is True
+    assert seen["inconsistent"] == sum(not row["consistent"] for row in table(whole, "pairs"))
+    widest, narrowest = ([float(text[-4:]) for text in seen[o] if text] for o in ("widest", "narrowest"))
+    assert widest == sorted(widest, reverse=True) == narrowest[::-1] and len(set(widest)) > 3
+    assert seen["widest"][seen["pair"] :] == [""] * sum(reasons.values()), "without a pair at the end"
+
+
+def table_of_reasons(folder):
+    """Of the answered prompts without a pair, by reason."""
+    dropped = build_of(folder)["dropped"]["prompts"]
+    return {reason: count for reason, count in dropped.items() if reason in REASONS}
 
 
 # Crashes

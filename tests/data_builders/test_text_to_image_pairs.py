@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -17,6 +18,7 @@ from builds import build_of, calls
 from launching import torchrun
 from PIL import Image
 
+from data_builders.engine.reasons import NO_MARGIN, SAME_IMAGE, TOO_FEW, UNPAIRED
 from data_builders.engine.stages import Group, flow, in_threads, is_valid
 from data_builders.engine.tables import PAIRS
 from data_builders.export import writers
@@ -25,10 +27,6 @@ from data_builders.export.writers import in_test, write_exports
 from data_builders.images.build import replaced
 from data_builders.images.generation import candidate_seed, encode, expand
 from data_builders.images.selection import (
-    NO_MARGIN,
-    SAME_IMAGE,
-    TOO_FEW,
-    UNPAIRED,
     PairOptions,
     pairs,
     rank,
@@ -296,6 +294,15 @@ def test_the_same_command_loads_nothing_and_neither_does_another_selection(workp
         main(settings(workplace, "whole", min_margin=1000.0))
     main(settings(workplace, "whole"))
     assert candidates_of(folder) == before
+
+
+def test_the_gallery_shows_the_pairs_if_a_table_holds_them(workplace):
+    shutil.copytree(workplace / "whole", workplace / "shown")
+    for exports, said in ((["ranked"], "0 pairs"), (["pairs"], "7 pairs"), (["pickapic"], "7 pairs")):
+        main(settings(workplace, "shown", exports=exports))
+        page = (workplace / "shown" / "gallery.html").read_text()
+        assert f"7 prompts, 21 images, {said}" in page
+        assert page.count("&#9650; chosen over image") == int(said[0]), "best against worst"
 
 
 def test_more_prompts_generate_only_the_new_blocks(workplace):

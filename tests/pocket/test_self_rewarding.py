@@ -11,6 +11,7 @@ import tiny
 from builds import build_of, contents
 from launching import Launch, launch, torchrun
 
+from data_builders.export.tally import soft_points
 from prefopt.evaluation import words
 from prefopt.pocket import world
 from prefopt.store import Ledger
@@ -69,7 +70,7 @@ def test_a_study_prints_the_judge_s_worth_and_shows_it_in_the_gallery(whole, cap
     folder = shutil.copytree(whole, whole.with_name("studied"))
     judged = pairs.Judged(folder)
     rows = pq.read_table(folder / "candidates").to_pylist()
-    assert [sum(judged.points(row).values()) for row in judged.candidates] == pytest.approx(
+    assert [sum(soft_points(judged.rubric, row).values()) for row in judged.candidates] == pytest.approx(
         [row["soft_score"] for row in rows], abs=1e-4
     ), "the soft score is made of these points"
     assert sum(judged.shares().values()) == pytest.approx(1)
