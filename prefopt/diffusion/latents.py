@@ -19,7 +19,6 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from prefopt.diffusion.families import Family, family_of
@@ -29,6 +28,7 @@ from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.images import open_image
 from prefopt.store import TensorStore, tensors_key
+from prefopt.visits import VisitDataset
 
 MIRRORED = "-mirrored"
 SMALLEST = 16  # pixels of the shorter side under which an image is taken to be broken
@@ -172,7 +172,7 @@ class Encoder:
         }
 
 
-class EncodedCandidates(Dataset):
+class EncodedCandidates(VisitDataset):
     """Examples of a table from its stored encodings; `dataset[(index, visit)]` is a pure function of both and
     the seed.
 
