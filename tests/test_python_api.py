@@ -229,7 +229,7 @@ def test_an_example_that_does_not_fit_is_named_at_the_first_batch(tmp_path, data
         (lambda model, batch: score(model, batch).scores, "score returned a Tensor; return a prefopt.Scored"),
         (
             lambda model, batch: Scored(score(model, batch).scores[:, 0]),
-            r"scores of shape \(8,\), and the batch's ranks have \(8, 2\): return one score for each candidate",
+            r"scores of shape \(8,\), and the batch's ranks have \(8, 2\): return one score for each",
         ),
     ],
     ids=["a tensor", "one number"],
@@ -265,7 +265,7 @@ def test_a_reference_that_is_missing_is_named(tmp_path):
         InputError, match=r"no adapters .* give the trainer reference_model=frozen_copy\(model\)"
     ):
         trainer(tmp_path, Plain(), objective=dpo).train()
-    with pytest.raises(InputError, match="--reference cache: .* give their dataset a property `identity`"):
+    with pytest.raises(InputError, match=r"--reference cache: .* give their dataset a property `identity`"):
         trainer(tmp_path, Plain(), objective=dpo, options={"reference": "cache"}).train()
     data = [{**example(i), "reference": torch.tensor([0.0, i / 2])} for i in range(5)]
     zero = nn.Linear(4, 1)
