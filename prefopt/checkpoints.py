@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent, and models saved in the format of their own library."""
 
+import inspect
 import os
 import shutil
 from collections.abc import Mapping
@@ -8,12 +9,16 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from peft import PeftModel
+from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from prefopt.errors import InputError
 from prefopt.files import make_readable, reporting_write_errors
+from prefopt.loading import UNUSABLE, first_line
 from prefopt.runs import Ema
 
 STAGING = "unfinished"  # no name that transformers takes for a checkpoint
@@ -25,6 +30,31 @@ class SavesItself(Protocol):
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None: ...
     def load_weights(self, folder: str | Path) -> None: ...
+
+
+def check_saves(model: nn.Module) -> None:
+    """InputError for a model that could not be saved, or loaded again, at the end of its training."""
+    has_half = hasattr(model, "save_pretrained") or hasattr(model, "load_weights")
+    if isinstance(model, PreTrainedModel | PeftModel) or not has_half:
+        return
+    name, remedy = type(model).__name__, "or neither: a plain module is saved as model.safetensors"
+    if not isinstance(model, SavesItself):
+        raise InputError(
+            f"{name} has one of the methods save_pretrained and load_weights, and needs both to be saved and "
+            f"resumed (prefopt.SavesItself), {remedy}"
+        )
+    try:
+        inspect.signature(model.save_pretrained).bind("folder", state_dict=None)
+        inspect.signature(model.load_weights).bind("folder")
+    except TypeError as error:
+        raise InputError(
+            f"{name} cannot be saved: give it save_pretrained(folder, state_dict=None) and "
+            f"load_weights(folder) (prefopt.SavesItself; {error}), {remedy}"
+        ) from error
+
+
+def _is_plain(model: nn.Module) -> bool:
+    return not isinstance(model, PreTrainedModel | PeftModel | SavesItself)
 
 
 class CheckpointingTrainer(Trainer):
@@ -98,8 +128,13 @@ class CheckpointingTrainer(Trainer):
             return
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict)
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not _is_plain(model):
+            model.save_pretrained(folder, state_dict=state_dict)
+        elif state_dict is None:
+            save_model(model, str(folder / SAFE_WEIGHTS_NAME))  # which stores shared weights once
+        else:
+            save_file(state_dict, folder / SAFE_WEIGHTS_NAME)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if self.ema and self._staging:
@@ -112,5 +147,14 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, SavesItself) and not self.is_fsdp_enabled:
             self.model.load_weights(resume_from_checkpoint)
+        elif _is_plain(self.model) and not self.is_fsdp_enabled:
+            file = Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)
+            try:
+                load_model(self.model, file)
+            except UNUSABLE as error:
+                kind = type(self.model).__name__
+                raise InputError(
+                    f"{file} does not hold the weights of this {kind}: {first_line(error)}"
+                ) from error
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

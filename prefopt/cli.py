@@ -1,8 +1,9 @@
 """The command line of a recipe or builder: one dataclass is its flags, its YAML keys and its help.
 
-`--config file.yaml` gives values, flags win over them, an unknown option is an error in either. `--help`
-shows the program's own options and the training options people use; `--help-all` shows everything that
-transformers' Trainer takes. Nothing here imports a model library: a mistake is answered before any is loaded.
+`--config file.yaml` gives values, of a file or of a preset with this name; flags win over them, and an
+unknown option is an error in either. `--help` shows the program's own options and the training options people
+use; `--help-all` shows everything that transformers' Trainer takes. Nothing here imports a model library: a
+mistake is answered before any is loaded.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from yaml import YAMLError
 from prefopt.errors import InputError
 from prefopt.files import exclusive_lock
 from prefopt.options import COMMON_OPTIONS
+from prefopt.programs import find_config
 
 Config = TypeVar("Config")
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
@@ -72,7 +74,9 @@ def parse(config_class: type[Config], arguments: list[str] | None = None) -> Con
     usage = "%(prog)s [--config FILE] [--option value ...]"
     parser = Parser(config_class, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--help-all", action="help", help="show every option, the Trainer's own included")
-    parser.add_argument("--config", metavar="FILE", help="a YAML file with values for these options")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file with values for these options, or a preset by its name"
+    )
     try:
         config, *_, in_file, in_words = parser.parse_args_and_config(
             _with_one_config(sys.argv[1:] if arguments is None else arguments),
@@ -146,10 +150,13 @@ def _refuse_unknown(words: list[str], known: list[str]) -> None:
 
 
 def _with_one_config(arguments: list[str]) -> list[str]:
-    """The arguments with `--config=file` as two words, which is how trl's parser looks for them."""
+    """The arguments with `--config=file` as two words, as trl's parser wants it, a preset as its path."""
     words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if words.count("--config") > 1 or words[-1:] == ["--config"]:
         raise InputError("--config takes one YAML file")
+    if "--config" in words:
+        place = words.index("--config") + 1
+        words[place] = str(find_config("config", words[place], beginning=Path(sys.argv[0]).stem))
     return words
 
 

@@ -280,6 +280,19 @@ def objective_of(options: ObjectiveOptions, beta: float) -> Objective:
     return OBJECTIVES[options.loss_type](options, beta)
 
 
+@dataclass
+class _WithBeta(ObjectiveOptions):
+    beta: float = 0.1
+
+
+def make_objective(loss_type: str = "dpo", *, beta: float, **options: Any) -> Objective:
+    """The objective of this name; `options` are those of `ObjectiveOptions`, such as `likelihood_weight`.
+
+    `beta` is plain: it multiplies margins and nothing else.
+    """
+    return objective_of(_WithBeta(loss_type=loss_type, beta=beta, **options), beta)
+
+
 def _given(value: Tensor | None, name: str) -> Tensor:
     if value is None:
         raise ValueError(f"this objective needs the candidates' {name}, and got none")

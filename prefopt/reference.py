@@ -13,18 +13,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from prefopt.adapters import POLICY, REFERENCE, adapter_layers
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.progress import progress_bar
 from prefopt.store import TensorStore, tensors_key
+from prefopt.visits import Identified, VisitDataset, where
 
 BLOCK = 64  # items of one entry: few enough to lose little when killed, many enough for small indices
 
@@ -41,14 +42,15 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def reference_model(policy: nn.Module, frozen: nn.Module | None = None) -> Iterator[nn.Module]:
     """The model that the policy is compared with: `frozen`, or the policy without its adapters.
 
-    A policy without adapters and without a frozen copy has no reference: a ValueError.
+    A policy without adapters and without a frozen copy has no reference: an InputError.
     """
     if frozen is not None:
         yield frozen
         return
     if not adapter_layers(policy):
-        raise ValueError(
-            "the model has no adapters to switch off: give the trainer reference_model=frozen_copy(model)"
+        raise InputError(
+            "this objective compares with a reference, and the model has no adapters to switch off: give the "
+            "trainer reference_model=frozen_copy(model), or take an objective without one, such as cpo"
         )
     with adapters_off(policy) as model:
         yield model
@@ -86,27 +88,7 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
 # Cached scores
 
 
-@runtime_checkable
-class Identified(Protocol):
-    """Examples, what makes batches of them, or a model: each says what its values depend on but weights."""
-
-    @property
-    def identity(self) -> Mapping[str, str]: ...
-
-
-@runtime_checkable
-class Located(Protocol):
-    """Examples that have names for error messages."""
-
-    def where(self, index: int, /) -> str: ...
-
-
-def where(examples: object, item: int) -> str:
-    """What an error calls an item of these examples."""
-    return examples.where(item) if isinstance(examples, Located) else f"item {item}"
-
-
-class CachedReference(Dataset):
+class CachedReference(VisitDataset):
     """A dataset whose examples carry `reference`, their stored reference scores of shape (k,).
 
     `items` are those whose scores are stored (default: all), in the order of the stored blocks.
@@ -160,7 +142,8 @@ def cache_reference(
     """
     if not isinstance(examples, Identified):
         raise InputError(
-            f"--reference cache: {type(examples).__name__} does not say what its examples depend on"
+            "--reference cache: the examples do not say what they depend on; give their dataset a property "
+            "`identity`, texts by name that change when the examples do, or take --reference live"
         )
     weights = {
         name.replace(".base_layer", ""): value  # so that a sweep over the adapted layers shares the scores

@@ -14,6 +14,7 @@ import yaml
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import write_atomically
+from prefopt.programs import find_config
 
 NONE = "none"
 
@@ -23,17 +24,17 @@ def fill_presets(
 ) -> None:
     """Set the options that name a YAML file for each step; the model `pocket` has presets for them.
 
-    InputError for a file that is not there. For `may_be_none` the word none says that there is no such step.
+    Other presets are found by their names, as by --config. InputError for a file that is not there. For
+    `may_be_none` the word none says that there is no such step.
     """
     pocket.fill_defaults(config, [model], *presets)
     for name, preset in presets.items():
         file = getattr(config, name)
         if file == NONE and name in may_be_none:
             continue
-        if file == pocket.NAME:
-            setattr(config, name, file := str(preset))
-        if not Path(file).is_file():
-            raise InputError(f"--{name}: no file {file}; name a YAML file of its options")
+        beginning = preset.stem.removesuffix(f"_{pocket.NAME}")
+        file = str(preset if file == pocket.NAME else find_config(name, file, beginning))
+        setattr(config, name, file)
         if not isinstance(options_of(file), dict):
             raise InputError(f"--{name}: {file} is no YAML file of options, each a name with a value")
 

@@ -12,17 +12,17 @@ import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.adapters import adapter_layers
-from prefopt.checkpoints import STAGING, CheckpointingTrainer
+from prefopt.checkpoints import STAGING, CheckpointingTrainer, check_saves
 from prefopt.config import LATEST, PreferenceConfig
 from prefopt.draws import VisitSampler
 from prefopt.errors import InputError
@@ -30,32 +30,28 @@ from prefopt.files import exclusive_lock, reporting_write_errors
 from prefopt.losses import reward_metrics
 from prefopt.model_card import write_card
 from prefopt.objectives import Batch, Loss, Objective, Scored
-from prefopt.reference import cache_reference, reference_model, where
+from prefopt.reference import cache_reference, reference_model
 from prefopt.runs import Ema, Interrupt, MetricsFile, Progress, write_config
+from prefopt.scores import AnyScore, check_extras, check_scored, not_finite
+from prefopt.visits import by_visit, collate
 
 # A batch and its scores (batch, k), detached -> for each name the values and their weights, both (batch,).
 Metrics = Callable[[Batch, Tensor], dict[str, tuple[Tensor, Tensor]]]
 
 
-class Score(Protocol):
-    """Scores a batch through the model it is handed; `extras` names those of its `Scored`."""
-
-    extras: frozenset[str]
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Scored: ...
-
-
 class PreferenceTrainer(CheckpointingTrainer):
     """Trains any scored model on any objective.
 
-    `train_dataset[(index, visit)]` gives an example with its `item`. The reference, if the objective needs
-    one, is the model without its adapters, or `reference_model`, a frozen copy for full fine-tuning.
+    `train_dataset` is anything that is read by index and whose examples are dicts, which get `item` and
+    `visit`; a `VisitDataset` is read by (index, visit). The reference, if the objective needs one, is the
+    model without its adapters, or `reference_model`, a frozen copy for full fine-tuning.
     `prepare(model, batch)` computes what both need of a batch and no training changes. Examples with equal
     entries in `groups` are read one after another. `apart` gives parts of the model, by their names in it, a
     learning rate of their own; their gradients are clipped apart, too. `about` goes into config.json:
-    conventions that the options do not tell. A model that is no transformers model implements
-    `checkpoints.SavesItself`.
-    InputError if the objective needs what `score` cannot give.
+    conventions that the options do not tell. A plain torch module is saved as model.safetensors, a model of
+    transformers or peft as its library does, and any other implements `checkpoints.SavesItself`.
+    InputError for a dataset that cannot be read so, a model that cannot be saved, or an objective that needs
+    what `score` cannot give.
     """
 
     model: nn.Module
@@ -67,9 +63,10 @@ class PreferenceTrainer(CheckpointingTrainer):
         model: nn.Module,
         args: PreferenceConfig,
         *,
-        score: Score,
+        score: AnyScore,
         objective: Objective,
-        train_dataset: Dataset,
+        train_dataset: Any,
+        eval_dataset: Any = None,
         prepare: Callable[[nn.Module, Batch], Batch] | None = None,
         metrics: Metrics | None = None,
         reference_model: nn.Module | None = None,
@@ -78,19 +75,17 @@ class PreferenceTrainer(CheckpointingTrainer):
         about: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
-        if missing := sorted(objective.needs - score.extras):
-            raise InputError(
-                f"this objective needs {' and '.join(missing)}, which {type(model).__name__} cannot give; "
-                "choose another --loss_type, or leave out the option that needs it"
-            )
+        check_extras(objective, score, model)
+        check_saves(model)
         self.score, self.objective, self.batch_metrics = score, objective, metrics
         self.prepare_batch, self.groups = prepare, groups
         self.reference_model, self.apart = reference_model, dict(apart or {})
         self.about = dict(about or {})
         self.metrics_file: MetricsFile | None = None
         self._sums: dict[str, Tensor] = {}  # name -> (sum of values, sum of weights) since the last log
-        kwargs.setdefault("data_collator", default_collate)
-        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        kwargs.setdefault("data_collator", collate)
+        train = by_visit(train_dataset, "train_dataset")
+        super().__init__(model, args, train_dataset=train, eval_dataset=_held_out(eval_dataset), **kwargs)
         # Our losses are means of a batch: the Trainer divides them by the accumulation.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
         if reference_model is not None:
@@ -224,6 +219,11 @@ class PreferenceTrainer(CheckpointingTrainer):
         # An evaluation sees the same draws every time.
         return VisitSampler(len(eval_dataset), global_batch=1, seed=0, epoch=lambda: 0, shuffle=False)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The batches of an evaluation: of the trainer's dataset, of one by its name, or of another."""
+        is_another = eval_dataset is not None and not isinstance(eval_dataset, str)
+        return super().get_eval_dataloader(_held_out(eval_dataset) if is_another else eval_dataset)
+
     # The optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -257,9 +257,10 @@ class PreferenceTrainer(CheckpointingTrainer):
         if num_items_in_batch is not None:
             inputs = {**inputs, "tokens_per_example": num_items_in_batch}
         reference = self.reference_scores(model, inputs) if self.objective.needs_reference else None
-        scored = self.score(model, inputs)
+        scored = self._scored(model, inputs)
         loss = self.objective(scored, reference, inputs)
-        self._check_finite(loss.losses, inputs)
+        if not torch.isfinite(loss.losses).all():
+            raise not_finite(loss.losses, inputs, self.state.global_step + 1, self.train_dataset)
         self._record(inputs, scored.scores.detach(), loss)
         mean = loss.losses.mean()
         return (mean, {"scores": scored.scores}) if return_outputs else mean
@@ -283,7 +284,12 @@ class PreferenceTrainer(CheckpointingTrainer):
     def _scores_of_reference(self, model: nn.Module, frozen: nn.Module | None, inputs: Batch) -> Tensor:
         # A frozen copy is not wrapped by accelerate, so it is given the policy's precision here.
         with torch.no_grad(), reference_model(model, frozen) as reference, self.accelerator.autocast():
-            return self.score(reference, inputs).scores
+            return self._scored(reference, inputs).scores
+
+    def _scored(self, model: nn.Module, inputs: Batch) -> Scored:
+        scored = self.score(model, inputs)
+        check_scored(scored, inputs, self.objective)
+        return scored
 
     def _with_cached_reference(self) -> Any:
         args = self.args
@@ -321,16 +327,6 @@ class PreferenceTrainer(CheckpointingTrainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
-    def _check_finite(self, losses: Tensor, inputs: Batch) -> None:
-        if torch.isfinite(losses).all():
-            return
-        bad = [where(self.train_dataset, item) for item in inputs["item"][~torch.isfinite(losses)].tolist()]
-        raise InputError(
-            f"the loss is not finite at step {self.state.global_step + 1}, for {', '.join(bad)} (the batch's "
-            f"items are {inputs['item'].tolist()}). The last checkpoint is untouched; look at these rows, or "
-            "lower --learning_rate, or use bf16 in place of fp16"
-        )
-
     # Metrics
 
     def _record(self, inputs: Batch, scores: Tensor, loss: Loss) -> None:
@@ -367,6 +363,13 @@ class PreferenceTrainer(CheckpointingTrainer):
             return super().evaluate(*args, **kwargs)
         finally:
             self._sums = training
+
+
+def _held_out(dataset: Any) -> Any:
+    """The dataset of an evaluation, or several by their names, each to be read by (index, visit)."""
+    if isinstance(dataset, dict):
+        return {name: by_visit(one, f"eval_dataset {name!r}") for name, one in dataset.items()}
+    return None if dataset is None else by_visit(dataset, "eval_dataset")
 
 
 def _step(checkpoint: str) -> int:

@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from prefopt.diffusion.latents import MIRRORED, Encoder, prepare_candidate
 from prefopt.diffusion.tables import Table
 from prefopt.draws import Draw, draw, stratified_time
 from prefopt.files import content_key
 from prefopt.store import TensorStore
+from prefopt.visits import VisitDataset
 
 
-class Candidates(Dataset):
+class Candidates(VisitDataset):
     """Examples of a table; `dataset[(index, visit)]` is a pure function of both and the seed.
 
     An example has noise (C, h, w), time (), ranks and mask (k,), item and visit, and p_chosen () if the table

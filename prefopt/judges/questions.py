@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import inf, log
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from PIL import Image
 
 from prefopt.errors import InputError
+from prefopt.images import open_image
 
 YES, NO = "yes", "no"
 
@@ -95,3 +97,25 @@ class Judge(Protocol):
     def answer(self, cases: Sequence[Case]) -> list[list[Answer]]:
         """The answers of each case, in the order of its questions."""
         ...
+
+
+def ask(
+    judge: Judge,
+    image: Image.Image | str | Path,
+    questions: str | Question | Sequence[str | Question],
+    prompt: str = "",
+) -> dict[str, Answer]:
+    """A judge's answers about one image, by question: by the text of a yes/no question, or a Question's name.
+
+    The image is in RGB, or a file. `prompt` is what it was made for; the judge reads it as a description.
+    """
+    if not isinstance(image, Image.Image):
+        try:
+            content = Path(image).read_bytes()
+        except OSError as error:
+            raise InputError(f"no image could be read from {image}: {error}; name an image file") from error
+        image = open_image(content, str(image))
+    several = [questions] if isinstance(questions, str | Question) else questions
+    asked = tuple(one if isinstance(one, Question) else Question(one, one) for one in several)
+    (answers,) = judge.answer([Case(image, prompt, asked)])
+    return {question.name: answer for question, answer in zip(asked, answers, strict=True)}

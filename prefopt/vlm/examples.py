@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import datasets
-import torch
 from PIL import Image
 
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.records import check_p_chosen, json_file, load, table_folder
+from prefopt.visits import VisitDataset
 from prefopt.vlm.cells import encoded_images, image_column, image_places, open_picture
 from prefopt.vlm.formats import UNREAD, Kind, find_format, read_json
 from prefopt.vlm.messages import PLACEHOLDER, check_completion, place_images, text_of
@@ -38,7 +38,7 @@ class VisionExample(TypedDict):
     p_chosen: float | None  # how likely the chosen is the better one, if the table says so
 
 
-class VisionExamples(torch.utils.data.Dataset):
+class VisionExamples(VisitDataset):
     """Checked rows of a table, indexed with (index, visit); nothing is random, so all visits are alike.
 
     `kind` says whether an example is a pair or one completion to learn from; the columns show the format. A

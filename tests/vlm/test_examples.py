@@ -12,7 +12,7 @@ from PIL import Image as Pictures
 from tiny_vlm import vision_pairs
 
 from prefopt.errors import InputError
-from prefopt.reference import Identified, where
+from prefopt.visits import Identified, where
 from prefopt.vlm.examples import VisionExamples, read_vision_examples
 from prefopt.vlm.formats import Kind
 from prefopt.vlm.splits import split_by_image

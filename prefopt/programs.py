@@ -1,0 +1,64 @@
+"""The recipes, the builders and the presets: where they lie, and what they are called.
+
+A checkout has the recipes in recipes/, an installed wheel has them in prefopt_recipes/ beside this package;
+the builders lie in data_builders/ in both.
+"""
+
+import ast
+from difflib import get_close_matches
+from pathlib import Path
+
+from prefopt.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = ROOT / "prefopt_recipes"
+RECIPES = INSTALLED if INSTALLED.is_dir() else ROOT / "recipes"
+BUILDERS = ROOT / "data_builders"
+PRESETS = RECIPES / "configs"
+
+
+def programs(folder: Path) -> dict[str, Path]:
+    """The programs of `RECIPES` or `BUILDERS` by name, in alphabetical order."""
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
+def summary(program: Path) -> str:
+    """The first line of a program's docstring."""
+    return (ast.get_docstring(ast.parse(program.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def find_program(name: str) -> Path:
+    """The file of a recipe or builder; InputError with the nearest name for any other."""
+    known = programs(RECIPES) | programs(BUILDERS)
+    if name not in known:
+        raise InputError(
+            f"there is no recipe or builder {name!r}; {_nearest(name, list(known))}`prefopt --help` lists all"
+        )
+    return known[name]
+
+
+def find_config(option: str, name_or_path: str, beginning: str = "") -> Path:
+    """The YAML file that `--option` names: a path or, where there is no such file, a preset by its name.
+
+    A preset's name may be given without `.yaml`. InputError for what is neither, with the nearest preset and
+    those whose names have this `beginning`.
+    """
+    path = Path(name_or_path)
+    if path.exists() and not path.is_dir():
+        return path
+    presets = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
+    name = name_or_path.removesuffix(".yaml")
+    if name in presets:
+        return presets[name]
+    if path.name != name_or_path:
+        raise InputError(f"--{option}: no file {name_or_path}; name a YAML file of options")
+    own = [preset for preset in presets if beginning and preset.startswith(beginning)]
+    raise InputError(
+        f"--{option}: no file {name_or_path}, and no preset of this name; {_nearest(name, list(presets))}"
+        f"presets: {', '.join(own or presets)}"
+    )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}? " if near else ""
