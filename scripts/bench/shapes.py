@@ -38,12 +38,19 @@ from prefopt.judges.rubric import RUBRICS
 RESOLUTION = {"pocket": 64, "half-sd15": 256, "sd15": 512, "sdxl": 1024}
 SCHEDULE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
-# Dimensions from the published config.json of Stable Diffusion 1.5 and SDXL 1.0.
+# Dimensions from the published config.json of Stable Diffusion 1.5, 2.1 and SDXL 1.0.
 SD15: dict[str, Any] = {
     "sample_size": 64,
     "cross_attention_dim": 768,
     "block_out_channels": (320, 640, 1280, 1280),
     "attention_head_dim": 8,
+}
+SD21: dict[str, Any] = {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
 }
 SDXL: dict[str, Any] = {
     "sample_size": 128,
