@@ -1,6 +1,7 @@
 """Which figures a comparison's report has."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from prefopt.evaluation import figures
@@ -36,22 +37,24 @@ def win_charts(contrasts: Sequence[Mapping], metrics: Mapping[str, Mapping]) -> 
 
 def _scale_panels(summary: Mapping, metric: str) -> dict[str, list[Curve]]:
     """The adapters that were compared at several scales, and what they are compared with, by guidance."""
-    adapters: dict[tuple, list[str]] = {}
+    adapters: dict[tuple, list[Mapping]] = {}
     for contrast in summary["contrasts"]:
         system = summary["systems"][contrast["system"]]
         if system["adapter"] is not None:
-            key = (system["settings"].get("guidance_scale"), system["family"], contrast["against"])
-            adapters.setdefault(key, []).append(system["name"])
+            key = (contrast["against"], json.dumps(system["settings"]), system["model"], system["adapter"])
+            adapters.setdefault(key, []).append(system)
     panels: dict[float, list[Curve]] = {}
-    for (guidance, family, against), names in adapters.items():
-        if len(names) == 1:
+    for (against, *_), systems in adapters.items():
+        if len(systems) == 1:
             continue
-        points = [(summary["systems"][name]["scale"], *_interval(summary, name, metric)) for name in names]
+        guidance = systems[0]["settings"].get("guidance_scale")
+        points = [(system["scale"], *_interval(summary, system["name"], metric)) for system in systems]
         if guidance not in panels:
             base = summary["systems"][against]
             level = _interval(summary, against, metric)
             panels[guidance] = [Curve(base["family"], True, [(scale, *level) for scale, *_ in points])]
-        panels[guidance].append(Curve(family, False, points))
+        names = dict.fromkeys(re.split(" at |, guidance ", system["name"])[0] for system in systems)
+        panels[guidance].append(Curve(", ".join(names), False, points))
     if len(panels) == 1:
         return {"": next(iter(panels.values()))}
     return {f"guidance {guidance:g}": curves for guidance, curves in sorted(panels.items())}

@@ -162,6 +162,11 @@ def sweep_curves(
                 axes.set_title(title, loc="left")
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.grid(False, axis="x")
+        settings = sorted(
+            {point[0] for curves in panels.values() for curve in curves for point in curve.points}
+        )
+        if len(settings) <= 8:
+            rows[-1].set_xticks(settings, [f"{setting:g}" for setting in settings])
         rows[-1].set_xlabel(over)
         figure.supylabel(name + (" (%)" if kind == "proportion" else ""), fontsize=9)
         figure.legend(*rows[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)

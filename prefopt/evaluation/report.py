@@ -21,7 +21,7 @@ from prefopt.errors import InputError
 from prefopt.evaluation import words
 from prefopt.evaluation.charts import charts_of
 from prefopt.evaluation.prompt_table import prompt_table
-from prefopt.evaluation.summary import gaps_to_first, headlines
+from prefopt.evaluation.summary import deciding_metric, gaps_to_first, headlines
 from prefopt.evaluation.training_runs import TrainingRun, settings_table, training_runs
 from prefopt.evaluation.votes import system_identity
 from prefopt.files import content_key, reporting_write_errors, write_atomically
@@ -196,7 +196,7 @@ def _blind_comparison(summary: Mapping, rows: Sequence[Mapping]) -> dict:
         images.setdefault((row["prompt"], row["seed"]), {})[row["system"]] = row["image"]
     systems = [{"name": name, "identity": system_identity(summary["systems"][name])} for name in names]
     first, *others = _shown(summary)
-    metric = summary["best"]["chosen_by"] if summary["best"] else next(iter(headlines(summary)))
+    metric = deciding_metric(summary["metrics"])
     better = -1 if summary["metrics"][metric]["kind"] == "loss" else 1
     means = {name: summary["systems"][name]["means"][metric] for name in others}
     best = max(others, key=lambda name: -math.inf if means[name] is None else better * means[name])

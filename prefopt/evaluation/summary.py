@@ -93,6 +93,12 @@ def headlines(summary: Mapping) -> dict[str, dict]:
     return {metric: told for metric, told in summary["metrics"].items() if told["is_headline"]}
 
 
+def deciding_metric(metrics: Mapping[str, Mapping]) -> str:
+    """The headline metric by which the best is chosen: the ground truth if there is one, else the first."""
+    headline = [metric for metric, told in metrics.items() if told["is_headline"]]
+    return next((metric for metric in headline if metrics[metric]["is_truth"]), headline[0])
+
+
 def gaps_to_first(summary: Mapping) -> dict[str, Mapping]:
     """Each further system compared with the first, by metric."""
     return {contrast["system"]: contrast["metrics"] for contrast in summary["contrasts"]}
@@ -125,8 +131,7 @@ def _best(
         families.setdefault(system["family"], []).append(name)
     if all(len(variants) == 1 for variants in families.values()):
         return None
-    headline = [metric for metric, told in metrics.items() if told["is_headline"]]
-    by = next((metric for metric in headline if metrics[metric]["is_truth"]), headline[0])
+    by = deciding_metric(metrics)
     better = -1 if metrics[by]["kind"] == "loss" else 1
     chosen, at_best = {}, {}
     for family, variants in families.items():

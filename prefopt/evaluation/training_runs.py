@@ -14,8 +14,10 @@ _SETTINGS = {  # what a reader looks for first: the title of a row, and the opti
     "dataset": ("dataset_name", "dataset_config"),
     "model": ("model_name_or_path", "model_revision"),
     "starts from the adapter": ("adapter_name_or_path",),
-    "loss": ("loss_type", "list_loss"),
-    "beta": ("beta_dpo", "beta"),
+    "loss": ("loss_type",),
+    "list loss": ("list_loss",),
+    "beta_dpo": ("beta_dpo",),
+    "beta": ("beta",),
     "learning rate": ("learning_rate", "lr_scheduler_type"),
     "warmup steps": ("warmup_steps",),
     "discriminator in the loss": ("discriminator_name_or_path",),
@@ -49,7 +51,7 @@ class TrainingRun(NamedTuple):
         if options.get("use_peft"):
             found["LoRA"] = f"rank {options['lora_r']}, alpha {options['lora_alpha']}"
         found["examples and steps"] = self.config.get("arithmetic", "")
-        found |= {f"note: {name}": str(fact) for name, fact in self.config.get("about", {}).items()}
+        found |= {name: str(fact) for name, fact in self.config.get("about", {}).items()}
         return {title: text for title, text in found.items() if text}
 
 

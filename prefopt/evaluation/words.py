@@ -75,9 +75,10 @@ def share(found: Mapping) -> str:
 
 def votes_sentence(pair: Mapping) -> str:
     """`Of 40 votes dpo against base wins 22, ties 6, loses 12: 62.5 % (50.0 to 74.0) ...`"""
+    votes = "1 vote" if pair["votes"] == 1 else f"{pair['votes']} votes"
     sentence = (
-        f"Of {pair['votes']} votes {pair['system']} against {pair['against']} wins {pair['wins']}, ties "
-        f"{pair['ties']}, loses {pair['losses']}: {share(pair)} with a tie as one half."
+        f"Of {votes} {pair['system']} against {pair['against']} wins {pair['wins']}, ties {pair['ties']}, "
+        f"loses {pair['losses']}: {share(pair)} with a tie as one half."
     )
     if pair["groups"] < ENOUGH:
         return f"{sentence} Too few to claim: {pair['groups']} prompts."
@@ -88,6 +89,8 @@ def votes_sentence(pair: Mapping) -> str:
 
 def agreement_sentence(title: str, found: Mapping) -> str:
     """`CLIP score agrees with people in 71.0 % (60.0 to 81.0) of 34 votes.`"""
+    if not found["votes"]:
+        return f"{title} has no preference in any of {found['undecided']} votes."
     return (
         f"{title} agrees with people in {share(found)} of {found['votes']} votes; in {found['undecided']} "
         "more it has no preference."

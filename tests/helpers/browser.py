@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs the program `chromium`, which is not here"
-)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="the program `chromium` is not here")
 
 
 def after(page: Path, script: str) -> str:
