@@ -23,6 +23,11 @@
 
   function step(by) { show(place + by); }
 
+  function close() {
+    dialog.close();
+    pictures[place].focus();  // the browser would return to the picture that was opened first
+  }
+
   document.addEventListener("click", (event) => {
     const button = event.target.closest?.("button.picture");
     if (!button) return;
@@ -32,11 +37,11 @@
   });
   dialog.addEventListener("click", (event) => {
     if (event.target.matches("[data-step]")) step(Number(event.target.dataset.step));
-    else if (event.target === dialog || event.target.matches("[data-close]")) dialog.close();
+    else if (event.target === dialog || event.target.matches("[data-close]")) close();
   });
   dialog.addEventListener("keydown", (event) => {
     const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
     if (by) { event.preventDefault(); step(by); }
   });
-  dialog.addEventListener("close", () => pictures[place].focus());
+  dialog.addEventListener("cancel", (event) => { event.preventDefault(); close(); });
 }
