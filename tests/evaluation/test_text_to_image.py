@@ -341,6 +341,8 @@ def test_the_recipe_by_path_in_two_processes_gives_what_one_gives(models, tmp_pa
         (["--judge_model_name_or_path", "pocket", "--rubric", "mine"], "no rubric could be read from mine"),
         (["--judge_model_name_or_path", "pocket", "--rubric", "class_conditional"], "it asks about {class}"),
         (["--rubric", "reward"], "name the --judge_model_name_or_path, too"),
+        (["--votes", "no-votes.json"], "--votes: there is no file no-votes.json"),
+        (["--runs", "no-run"], "no-run is no training run: it holds no metrics.jsonl"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_exit_code_2(models, tmp_path, flags, message, monkeypatch, capsys):
@@ -496,3 +498,31 @@ def test_a_sweep_has_a_report_that_opens_with_each_ones_best(models, tmp_path, m
     assert page.count("<svg") == 2 + 2  # win bars, curves over guidance
     assert page.count('"picture"') == 2 * 8, "the best variant of each"
     assert "each at its best" in capsys.readouterr().out
+
+
+# Votes
+
+
+def test_the_recipe_reads_votes_before_it_generates(models, tmp_path, monkeypatch, capsys):
+    options = tiny_comparison(models) | {"output_dir": tmp_path / "out", "num_seeds": 1, "num_prompts": 2}
+    recipe(monkeypatch, *arguments(options))
+    blind = (tmp_path / "out" / "blind.html").read_text()
+    shown = json.loads(re.search(r'id="comparison">(.*?)</script>', blind)[1])  # type: ignore[index]
+    identities = {system["name"]: system["identity"] for system in shown["systems"]}
+    votes = [
+        {"systems": ["base", "dpo"], "prompt": row["prompt"], "seed": row["seed"], "winner": winner}
+        for row, winner in zip(shown["rows"], ("dpo", None), strict=True)
+    ]
+    file = tmp_path / "votes.json"
+    file.write_text(json.dumps({"comparison": identities, "votes": votes}))
+    capsys.readouterr()
+    recipe(monkeypatch, *arguments(options | {"votes": file}))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "People: Of 2 votes dpo against base wins 1, ties 1, loses 0: 75.0" in out
+    assert "People&#39;s votes" in (tmp_path / "out" / "report.html").read_text().replace("'", "&#39;")
+
+    # The same files at another number of steps are another comparison, of which nothing is generated.
+    monkeypatch.setattr(text_to_image, "load_generator", lambda *a, **k: pytest.fail("generated"))
+    with pytest.raises(SystemExit):
+        recipe(monkeypatch, *arguments(options | {"votes": file, "num_inference_steps": 3}))
+    assert "votes.json: vote 1 is of another comparison" in capsys.readouterr().err
