@@ -123,7 +123,7 @@ def steps_of(config: MethodsConfig, folder: Path) -> dict[str, list[str]]:
         steps[name] += [*(discriminator + weight if name != recipe else []), "--resume_from_checkpoint"]
     trained = [f"{name}={folder / name}" for name in config.methods]
     steps["compare"] = [str(HERE / "compare_text_to_image.py"), "--config", str(config.compare), *model]
-    steps["compare"] += ["--systems", "base", *trained, "--runs", *(str(folder / n) for n in config.methods)]
+    steps["compare"] += ["--systems", "base", *trained]
     steps["compare"] += [*(discriminator if config.discriminator_name_or_path else [])]
     steps["compare"] += ["--output_dir", str(folder / "compared")]
     return steps

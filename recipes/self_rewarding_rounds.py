@@ -128,15 +128,7 @@ def round_steps(
     before = [] if adapter is None else [f"before={adapter}"]
     systems = ["base", *before, *(f"{name}={folder / name}" for name in trained)]
     steps["compare"] = [str(HERE / "compare_text_to_image.py"), "--config", str(config.compare), *model]
-    steps["compare"] += [
-        "--classes",
-        *config.classes,
-        "--systems",
-        *systems,
-        "--runs",
-        *(str(folder / name) for name in trained),
-    ]
-    steps["compare"] += ["--output_dir", str(folder)]
+    steps["compare"] += ["--classes", *config.classes, "--systems", *systems, "--output_dir", str(folder)]
     return steps
 
 

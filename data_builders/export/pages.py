@@ -1,7 +1,6 @@
 """Galleries as files: one HTML page that holds its pictures and runs no script but its own."""
 
 import base64
-import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ ABSENT = "\N{EN DASH}"
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Render a template of this package, `export/gallery.html.jinja`, into a file; return its path."""
     environment = page_templates(Path(data_builders.__file__).parent)
-    environment.filters["sha256"] = _sha256
     page = environment.get_template(template).render(values)
     with reporting_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +56,3 @@ def number(value: float | None, pattern: str = "+.2f") -> str:
 def spread(margins: Sequence[float]) -> dict[str, str]:
     """What the page sorts a prompt by: its widest and its narrowest margin; empty without a pair."""
     return {"widest": f"{max(margins):.6g}", "narrowest": f"{min(margins):.6g}"} if margins else {}
-
-
-def _sha256(script: str) -> str:
-    """What a content security policy calls a script that it lets run."""
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -11,7 +11,9 @@ from rich.table import Table
 from prefopt.evaluation import figures, words
 from prefopt.evaluation.answer_scorers import PREFERENCE
 from prefopt.evaluation.asked import Questions
-from prefopt.evaluation.report import embedded, gaps_to_first, headlines, page_templates, win_charts
+from prefopt.evaluation.charts import win_charts
+from prefopt.evaluation.report import embedded, page_templates
+from prefopt.evaluation.summary import gaps_to_first, headlines
 from prefopt.files import reporting_write_errors, write_atomically
 
 IMAGES = 4  # at most, of a question

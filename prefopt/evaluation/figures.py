@@ -4,6 +4,7 @@ import html
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -52,6 +53,18 @@ _PANELS = (  # training curves: title, and the metrics drawn in it
     ("reward margin", ("rewards/margins",)),
     ("error of winner (line) and loser (dashed)", ("error/chosen", "error/rejected")),
 )
+_QUARTILES = {  # training curves of the errors: title of a panel, and the metrics drawn in it
+    title: (f"error/chosen/q{i}", f"error/rejected/q{i}")
+    for i, title in enumerate(("least noise (q1)", "q2", "q3", "most noise (q4)"), start=1)
+}
+
+
+class Curve(NamedTuple):
+    """A system's mean at several settings; `is_base` if it is what the others are compared with."""
+
+    system: str
+    is_base: bool
+    points: Sequence[tuple[float, float, float, float]]  # setting, mean, and the interval's low and high
 
 
 class Chart(NamedTuple):
@@ -119,92 +132,103 @@ def mean_bars(
     return _svg(figure, f"means-{metric}", f"{name}, and interval of its difference to {first}")
 
 
-def scale_curve(
-    contrasts: Sequence[Mapping], scales: Sequence[float], metric: str, name: str, kind: str
+def sweep_curves(
+    panels: Mapping[str, Sequence[Curve]], over: str, metric: str, name: str, kind: str
 ) -> Chart:
-    """An adapter's mean at several scales; bars: interval of its difference to the first system (dashed)."""
+    """Each system's mean over a swept setting such as `LoRA scale`, one panel below the other: the base
+    dashed, the others with the interval of their difference to it as a band."""
     factor = 100 if kind == "proportion" else 1
-    order = np.argsort(scales)
-    entries = [contrasts[i]["metrics"][metric] for i in order]
-    mean = factor * np.array([entry["mean"] for entry in entries])
-    gap = factor * np.array(
-        [[entry["difference"][end] for end in ("mean", "low", "high")] for entry in entries]
-    )
-    spread = np.stack([gap[:, 0] - gap[:, 1], gap[:, 2] - gap[:, 0]])
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(_WIDTH, 2.5), layout="constrained")
-        axes = figure.subplots()
-        axes.axhline(factor * entries[0]["mean_against"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.errorbar(
-            np.array(scales)[order],
-            mean,
-            spread,
-            color=WIN,
-            marker="o",
-            markersize=4,
-            capsize=3,
-            linewidth=1.4,
+        figure = Figure(figsize=(_WIDTH, 0.6 + 1.9 * len(panels)), layout="constrained")
+        rows = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        for axes, (title, curves) in zip(rows, panels.items(), strict=True):
+            colours = cycle(_LINES)
+            for curve in curves:
+                colour = INK if curve.is_base else next(colours)
+                x, mean, low, high = np.array(sorted(curve.points), dtype=float).T
+                axes.plot(
+                    x,
+                    factor * mean,
+                    color=colour,
+                    linestyle=(0, (4, 3)) if curve.is_base else "-",
+                    marker="o",
+                    markersize=4,
+                    linewidth=1.4,
+                    label=_short(curve.system),
+                )
+                if not curve.is_base:
+                    axes.fill_between(x, factor * low, factor * high, color=colour, alpha=0.15, linewidth=0)
+            if title:
+                axes.set_title(title, loc="left")
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.grid(False, axis="x")
+        settings = sorted(
+            {point[0] for curves in panels.values() for curve in curves for point in curve.points}
         )
-        axes.set_xlabel("LoRA scale")
-        axes.set_ylabel(name + (" (%)" if kind == "proportion" else ""))
-        axes.grid(False, axis="x")
-    system = contrasts[0]["system"].rpartition(" at ")[0]
-    return _svg(figure, f"scale-{metric}", f"{system}: {name} against LoRA scale")
-
-
-def guidance_curves(sweeps: Mapping[str, Sequence[Mapping]], metric: str, name: str, kind: str) -> Chart:
-    """Each system's mean over its guidance, a line per system; the first one dashed."""
-    factor = 100 if kind == "proportion" else 1
-    with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(_WIDTH, 2.5), layout="constrained")
-        axes = figure.subplots()
-        for i, (system, variants) in enumerate(sweeps.items()):
-            points = sorted((v["settings"]["guidance_scale"], factor * v["means"][metric]) for v in variants)
-            style: dict[str, Any] = {"linestyle": (0, (4, 3)), "color": INK}
-            if i:
-                style = {"linestyle": "-", "color": _LINES[(i - 1) % len(_LINES)]}
-            axes.plot(
-                *zip(*points, strict=True),
-                **style,
-                marker="o",
-                markersize=4,
-                linewidth=1.4,
-                label=_short(system),
-            )
-        axes.set_xlabel("guidance scale")
-        axes.set_ylabel(name + (" (%)" if kind == "proportion" else ""))
-        axes.grid(False, axis="x")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
-    return _svg(figure, f"guidance-{metric}", f"{name} against guidance")
+        if len(settings) <= 8:
+            rows[-1].set_xticks(settings, [f"{setting:g}" for setting in settings])
+        rows[-1].set_xlabel(over)
+        figure.supylabel(name + (" (%)" if kind == "proportion" else ""), fontsize=9)
+        figure.legend(*rows[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
+    return _svg(figure, f"{over}-{metric}", f"{name} against {over}")
 
 
 def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Chart]:
     """Loss, implicit accuracy, margin and errors, a colour for each run; long runs are smoothed."""
     logged = {metric for lines in runs.values() for line in lines for metric in line}
-    return [_panel(title, metrics, runs) for title, metrics in _PANELS if logged & set(metrics)]
+    charts = [_panel(title, metrics, runs) for title, metrics in _PANELS if logged & set(metrics)]
+    if logged & {metric for metrics in _QUARTILES.values() for metric in metrics}:
+        charts.append(_quartiles(runs))
+    return charts
 
 
 def _panel(title: str, metrics: Sequence[str], runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Chart:
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(_WIDTH, 2.0), layout="constrained")
         axes = figure.subplots()
-        for i, (name, lines) in enumerate(runs.items()):
-            for style, metric in zip(("-", (0, (3, 2))), metrics, strict=False):
-                colour = _LINES[i % len(_LINES)]
-                _curve(
-                    axes, lines, metric, color=colour, linestyle=style, label=name if style == "-" else None
-                )
+        _run_curves(axes, metrics, runs)
         if "rewards/accuracies" in metrics:
             axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel("step")
-        if len(runs) > 1:
-            handles, labels = axes.get_legend_handles_labels()
-            figure.legend(
-                handles, [_short(label) for label in labels], loc="outside upper right", ncols=len(runs)
-            )
+        _run_legend(figure, axes, runs)
     return _svg(figure, f"training-{metrics[0]}", f"Training: {title}")
+
+
+def _quartiles(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Chart:
+    """The errors of winner and loser in a panel for each quarter of the noise schedule, each with its own
+    range: under little noise the error is many times that under much noise."""
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+        panels = figure.subplots(2, 2, sharex=True)
+        for axes, (title, metrics) in zip(panels.flat, _QUARTILES.items(), strict=True):
+            _run_curves(axes, metrics, runs)
+            axes.set_title(title, loc="left", fontsize=8)
+        for axes in panels[-1]:
+            axes.set_xlabel("step")
+        _run_legend(figure, panels[0, 0], runs)
+    return _svg(
+        figure,
+        "training-error-quartiles",
+        "Training: error of winner (line) and loser (dashed) by quarter of the noise schedule",
+    )
+
+
+def _run_curves(
+    axes: Axes, metrics: Sequence[str], runs: Mapping[str, Sequence[Mapping[str, float]]]
+) -> None:
+    """A colour for each run; its first metric as a line, its second one dashed."""
+    for i, (name, lines) in enumerate(runs.items()):
+        for style, metric in zip(("-", (0, (3, 2))), metrics, strict=False):
+            label = name if style == "-" else None
+            _curve(axes, lines, metric, color=_LINES[i % len(_LINES)], linestyle=style, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def _run_legend(figure: Figure, axes: Axes, runs: Mapping) -> None:
+    if len(runs) > 1:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, [_short(label) for label in labels], loc="outside upper right", ncols=3)
 
 
 def _curve(axes: Axes, lines: Sequence[Mapping[str, float]], metric: str, **style) -> None:

@@ -1,4 +1,7 @@
-"""The options of critics and judges, for comparisons; importing this imports no model library."""
+"""The options of what scores in comparisons: critics, judges, and scorers of images.
+
+Importing this imports no model library.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,44 +91,89 @@ class CriticOptions:
 
 @dataclass
 class JudgeOptions:
-    """Which judge scores images by a rubric."""
+    """Which judge scores images: a VLM by a rubric, or a reward model."""
 
     judge_model_name_or_path: str | None = option(
         None,
-        "Also score by a judge, best one that chose no training data: a VLM, or with --rubric reward a "
-        "reward model; a folder, a hub id or `pocket` (default: none).",
+        "Also score by a judge, best one that chose no training data: a VLM, or a reward model (PickScore, "
+        "another CLIP, ImageReward, a discriminator); a folder, a hub id or `pocket` (default: none).",
     )
     judge_revision: str | None = option(None, "Revision of the judge on the hub.")
     judge_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the judge.")
-    rubric: str = option(RUBRIC, "The judge's questions: a YAML file, or one of ours by name.")
+    rubric: str | None = option(
+        None,
+        "The judge's questions: a YAML file, or one of ours by name (default: `reward` for a reward model, "
+        f"`{RUBRIC}` for a VLM).",
+    )
 
     def __post_init__(self) -> None:
         check_paths_exist(self, "judge_model_name_or_path")
-        if self.judge_model_name_or_path:
-            rubric = self.judge_rubric
+        if not self.judge_model_name_or_path and (self.judge_revision or self.rubric):
+            raise InputError("--rubric, --judge_revision: name the --judge_model_name_or_path, too")
+        if self.rubric:
+            rubric = Rubric.load(self.rubric)
             if rubric.needs_class or rubric.checks:
                 raise InputError(
                     f"--rubric {self.rubric}: it asks about {{class}} or needs a detector, and a comparison "
                     "has images and prompts alone"
                 )
-        elif self.judge_revision or self.rubric != RUBRIC:
-            raise InputError("--rubric, --judge_revision: name the --judge_model_name_or_path, too")
 
-    @property
-    def judge_rubric(self) -> Rubric:
-        """The judge's questions."""
-        return Rubric.load(self.rubric)
-
-    def judge(self, device: Any) -> Any:
-        """The judge, loaded at its first answer."""
+    def judge_scorer(self, device: Any) -> Any:
+        """The judge as a scorer, loaded at its first answer."""
         import torch
 
+        from prefopt.evaluation.scorers import judge_scorer
         from prefopt.judges.loading import lazy_judge
+        from prefopt.judges.reward import RUBRIC as REWARD_RUBRIC
+        from prefopt.judges.reward import reward_type
 
-        return lazy_judge(
-            str(self.judge_model_name_or_path),
-            self.judge_revision,
-            rubric=self.judge_rubric,
-            dtype=getattr(torch, self.judge_dtype),
-            device=device,
+        name, revision = str(self.judge_model_name_or_path), self.judge_revision
+        rubric = Rubric.load(self.rubric or (REWARD_RUBRIC if reward_type(name, revision) else RUBRIC))
+        dtype = getattr(torch, self.judge_dtype)
+        return judge_scorer(
+            lazy_judge(name, revision, rubric=rubric, dtype=dtype, device=device), rubric, name
         )
+
+
+@dataclass
+class ImageScorerOptions(CriticOptions, JudgeOptions):
+    """What scores images."""
+
+    clip_model_name_or_path: str | None = option(
+        None,
+        "CLIP or PickScore that scores: a folder, a hub id or `pocket` (the default for the model `pocket`).",
+    )
+    discriminator_name_or_path: str | None = option(
+        None,
+        "Also score by a discriminator: what recipes/discriminator.py wrote, a hub id or `pocket` (default: "
+        "none).",
+    )
+    oracle: Literal["auto", "on", "off"] = option(
+        "auto", "Also score by the pocket's oracle; auto: if the prompts are the pocket's."
+    )
+
+    def __post_init__(self) -> None:
+        CriticOptions.__post_init__(self)
+        JudgeOptions.__post_init__(self)
+        if self.critic == pocket.NAME and not self.critic_url:
+            raise InputError(
+                "the critic `pocket` grades answers to questions, not images for prompts: name another, or "
+                "leave --critic out; the pocket's images are graded by --oracle"
+            )
+        check_paths_exist(self, "clip_model_name_or_path", "discriminator_name_or_path")
+
+    def scorers(self, device: Any, *, on_pocket: bool) -> list[Any]:
+        """The scorers that the options name, each loaded at its first use; `on_pocket`: of its prompts."""
+        from prefopt.evaluation import scorers
+
+        found = [scorers.clip_scorer(str(self.clip_model_name_or_path), device=device)]
+        if self.oracle == "on" or (self.oracle == "auto" and on_pocket):
+            found.append(scorers.oracle_scorer(device))
+        if self.discriminator_name_or_path:
+            found.append(scorers.discriminator_scorer(self.discriminator_name_or_path, device))
+        if self.judge_model_name_or_path:
+            found.append(self.judge_scorer(device))
+        if self.critic:
+            words = "image_typed" if self.critic_typed else "image_text"
+            found.append(scorers.critic_scorer(self.lazy_critic(device, words), self.critic))
+        return found

@@ -1,8 +1,14 @@
-"""One self-contained report.html from a comparison's summary.json and results.jsonl."""
+"""The report of a comparison, from its summary.json and results.jsonl.
+
+report.html is one self-contained file. blind.html, on which people vote, and enlarged pictures load the files
+of `images/` beside them, at their full size. prompts.csv has the scores by prompt.
+"""
 
 import base64
+import hashlib
 import io
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,31 +18,46 @@ from PIL import Image
 from rich.table import Table
 
 from prefopt.errors import InputError
-from prefopt.evaluation import figures, words
-from prefopt.files import reporting_write_errors, write_atomically
-from prefopt.runs import METRICS_FILE, VALIDATION_STRIPS, read_metrics
+from prefopt.evaluation import words
+from prefopt.evaluation.charts import charts_of
+from prefopt.evaluation.prompt_table import prompt_table
+from prefopt.evaluation.summary import deciding_metric, gaps_to_first, headlines
+from prefopt.evaluation.training_runs import TrainingRun, settings_table, training_runs
+from prefopt.evaluation.votes import system_identity
+from prefopt.files import content_key, reporting_write_errors, write_atomically
+from prefopt.runs import VALIDATION_STRIPS
 
 _LONGEST_SIDE = 320  # pixels of an embedded image
+_SMALL = 160  # pixels up to which an image is shown enlarged, its pixels as squares
 
 
 def page_templates(folder: Path) -> Environment:
-    """The Jinja templates of a folder: what they show is escaped, and a name they do not know is an error."""
-    return Environment(
+    """The Jinja templates of a folder: what they show is escaped, and a name they do not know is an error.
+
+    The filter `sha256` gives a script's hash as a content security policy has it.
+    """
+    environment = Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["sha256"] = _sha256
+    return environment
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def write_report(
     output_dir: str | Path, *, runs: Sequence[str | Path] = (), shown: int = 24, title: str = ""
 ) -> Path:
-    """Write report.html beside the summary.json that `compare` left; return its path.
+    """Write report.html, blind.html and prompts.csv beside what `compare` left; return the report's path.
 
-    `runs` are folders of training runs whose metrics.jsonl is drawn. `shown` bounds the rows of images: a
-    third each of the worst changes, the best, and a random sample.
+    Settings and curves are shown of the training runs that the systems come from, and of the folders `runs`.
+    `shown` bounds the rows of images: a third each of the worst changes, the best, and a random sample.
     """
     folder = Path(output_dir)
     if not (folder / "summary.json").is_file():
@@ -45,30 +66,36 @@ def write_report(
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     headline = headlines(summary)
     families = list(dict.fromkeys(system["family"] for system in summary["systems"].values()))
-    page = (
-        page_templates(Path(__file__).parent)
-        .get_template("report.html.jinja")
-        .render(
-            title=title or f"{' and '.join(families[1:])} against {families[0]}",
-            summary=summary,
-            headline=headline,
-            titles={metric: told["title"] for metric, told in headline.items()},
-            shown_metrics=headline | summary["metrics"],
-            gaps=gaps_to_first(summary),
-            of="prompts",
-            look_at="pictures",
-            figures=_figures(summary, [Path(run) for run in runs]),
-            strips=_strips([Path(run) for run in runs]),
-            shown=_shown(summary),
-            galleries=_galleries(summary, rows, shown),
-            embedded=lambda image: _embedded_file(folder / image),
-            words=words,
-        )
+    trained = training_runs(
+        {one["family"]: one["adapter"] or one["model"] for one in summary["systems"].values()}, runs
     )
-    path = folder / "report.html"
-    with reporting_write_errors(path):
-        write_atomically(path, page)
-    return path
+    templates = page_templates(Path(__file__).parent)
+    page = templates.get_template("report.html.jinja").render(
+        title=title or f"{' and '.join(families[1:])} against {families[0]}",
+        summary=summary,
+        headline=headline,
+        titles={metric: told["title"] for metric, told in headline.items()},
+        shown_metrics=headline | summary["metrics"],
+        gaps=gaps_to_first(summary),
+        of="prompts",
+        look_at="pictures",
+        figures=charts_of(summary, {run.name: run.lines for run in trained if run.has_losses}),
+        runs=trained,
+        training=settings_table(trained),
+        strips=_strips(trained),
+        shown=_shown(summary),
+        galleries=_galleries(summary, rows, shown),
+        embedded=lambda image: _embedded_file(folder / image),
+        words=words,
+    )
+    blind = templates.get_template("blind.html.jinja").render(
+        title="Which image is better?", comparison=_blind_comparison(summary, rows)
+    )
+    with reporting_write_errors(folder):
+        write_atomically(folder / "prompts.csv", prompt_table(rows, list(summary["metrics"])))
+        write_atomically(folder / "blind.html", blind)
+        write_atomically(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def terminal_table(summary: dict) -> Table:
@@ -94,105 +121,29 @@ def terminal_table(summary: dict) -> Table:
 
 
 def notes(summary: dict) -> list[str]:
-    """Every two systems, each at its best, a line per metric; and what there is to warn of."""
-    warning = words.unread_warning(summary)
-    if not summary["best"]:
-        return [warning] if warning else []
+    """The differences that the table lacks, people's votes, and what there is to warn of: a line each."""
+    metrics, best, votes = headlines(summary), summary["best"], summary["votes"]
+    at_best = ", each at its best" if best else ""
     lines = [
-        f"{contrast['system']} against {contrast['against']}, each at its best: "
+        f"{contrast['system']} against {contrast['against']}{at_best}: "
         + words.difference_sentence(told["title"], told["kind"], contrast["metrics"][metric])
-        for contrast in summary["best"]["contrasts"]
-        for metric, told in headlines(summary).items()
+        for contrast in (best["contrasts"] if best else summary["further"])
+        for metric, told in metrics.items()
         if metric in contrast["metrics"]
     ]
-    return [*lines, *filter(None, [words.edge_warning(summary["best"]), warning])]
-
-
-def headlines(summary: Mapping) -> dict[str, dict]:
-    """What the summary says of the metrics that stand for their scorers."""
-    return {metric: told for metric, told in summary["metrics"].items() if told["is_headline"]}
-
-
-def gaps_to_first(summary: Mapping) -> dict[str, Mapping]:
-    """Each further system compared with the first, by metric."""
-    return {contrast["system"]: contrast["metrics"] for contrast in summary["contrasts"]}
+    if votes:
+        lines += [f"People: {words.votes_sentence(pair)}" for pair in votes["pairs"]]
+        agreement = votes["agreement"].items()
+        lines += [words.agreement_sentence(metrics[metric]["title"], found) for metric, found in agreement]
+    warnings = [words.edge_warning(best) if best else None, words.unread_warning(summary)]
+    return [*lines, *filter(None, warnings)]
 
 
 def _shown(summary: Mapping) -> list[str]:
     """The systems whose images are shown: of each family the variant that was its best most often."""
-    if summary["best"]:
+    if summary["best"] and len(summary["best"]["chosen"]) > 1:
         return [max(shares, key=shares.get) for shares in summary["best"]["chosen"].values()]
     return list(summary["systems"])
-
-
-def _figures(summary: Mapping, runs: Sequence[Path]) -> list[figures.Chart]:
-    headline = headlines(summary)
-    contrasts = summary["contrasts"]
-    if summary["best"]:
-        first = next(iter(summary["best"]["chosen"]))
-        contrasts = [each for each in summary["best"]["contrasts"] if each["against"] == first]
-    charts = win_charts(contrasts, headline)
-    for contrasts in _scale_sweeps(summary):
-        scales = [summary["systems"][contrast["system"]]["scale"] for contrast in contrasts]
-        charts += [
-            figures.scale_curve(contrasts, scales, metric, told["title"], told["kind"])
-            for metric, told in headline.items()
-            if all(metric in contrast["metrics"] for contrast in contrasts)
-        ]
-    if sweeps := _guidance_sweeps(summary):
-        charts += [
-            figures.guidance_curves(sweeps, metric, told["title"], told["kind"])
-            for metric, told in headline.items()
-            if all(v["means"][metric] is not None for variants in sweeps.values() for v in variants)
-        ]
-    if runs:
-        names = [run.name for run in runs]
-        names = names if len(set(names)) == len(names) else [str(run) for run in runs]
-        charts += figures.training_curves(dict(zip(names, map(_losses, runs), strict=True)))
-    return charts
-
-
-def win_charts(contrasts: Sequence[Mapping], metrics: Mapping[str, Mapping]) -> list[figures.Chart]:
-    """Wins, ties and losses by each metric, of the contrasts that have it."""
-    return [
-        figures.win_bars(having, metric, told["title"])
-        for metric, told in metrics.items()
-        if (having := [contrast for contrast in contrasts if metric in contrast["metrics"]])
-    ]
-
-
-def _scale_sweeps(summary: Mapping) -> list[list[Mapping]]:
-    """The contrasts of each adapter that was compared at several scales, at one guidance each."""
-    sweeps: dict[tuple, list[Mapping]] = {}
-    for contrast in summary["contrasts"]:
-        system = summary["systems"][contrast["system"]]
-        if system["adapter"] is not None:
-            guidance = system["settings"].get("guidance_scale")
-            sweeps.setdefault((system["model"], system["adapter"], guidance), []).append(contrast)
-    return [contrasts for contrasts in sweeps.values() if len(contrasts) > 1]
-
-
-def _guidance_sweeps(summary: Mapping) -> dict[str, list[Mapping]]:
-    """The systems that differ in their guidance alone, by what else they are called."""
-    sweeps: dict[tuple, list[Mapping]] = {}
-    for system in summary["systems"].values():
-        others = {name: value for name, value in system["settings"].items() if name != "guidance_scale"}
-        key = (system["family"], system["scale"], json.dumps(others))
-        sweeps.setdefault(key, []).append(system)
-    return {
-        systems[0]["name"].partition(", guidance ")[0]: systems
-        for systems in sweeps.values()
-        if len(systems) > 1
-    }
-
-
-def _losses(run: Path) -> list[dict]:
-    if not (run / METRICS_FILE).is_file():
-        raise InputError(f"{run} is no training run: it holds no {METRICS_FILE}")
-    lines = read_metrics(run)
-    if not any("loss" in line for line in lines):
-        raise InputError(f"{run / METRICS_FILE} holds no losses")
-    return lines
 
 
 def _galleries(summary: Mapping, rows: Sequence[Mapping], shown: int) -> list[dict]:
@@ -237,11 +188,35 @@ def _galleries(summary: Mapping, rows: Sequence[Mapping], shown: int) -> list[di
     ]
 
 
-def _strips(runs: Sequence[Path]) -> dict[str, str]:
+def _blind_comparison(summary: Mapping, rows: Sequence[Mapping]) -> dict:
+    """The content of blind.html: the systems, their images by prompt and seed, and the pair shown first."""
+    names = list(summary["systems"])
+    images: dict[tuple[str, int], dict[str, str]] = {}
+    for row in rows:
+        images.setdefault((row["prompt"], row["seed"]), {})[row["system"]] = row["image"]
+    systems = [{"name": name, "identity": system_identity(summary["systems"][name])} for name in names]
+    first, *others = _shown(summary)
+    metric = deciding_metric(summary["metrics"])
+    better = -1 if summary["metrics"][metric]["kind"] == "loss" else 1
+    means = {name: summary["systems"][name]["means"][metric] for name in others}
+    best = max(others, key=lambda name: -math.inf if means[name] is None else better * means[name])
+    return {
+        "key": content_key(json.dumps(systems)),
+        "systems": systems,
+        "pair": [names.index(first), names.index(best)],
+        "small": _SMALL,
+        "rows": [
+            {"prompt": prompt, "seed": seed, "images": [of_one[name] for name in names]}
+            for (prompt, seed), of_one in images.items()
+        ],
+    }
+
+
+def _strips(runs: Sequence[TrainingRun]) -> dict[str, str]:
     """The images that runs generated while they trained, as data URIs, by the run's name."""
     strips = {}
     for run in runs:
-        if (path := run / VALIDATION_STRIPS).is_file():
+        if (path := run.folder / VALIDATION_STRIPS).is_file():
             strips[run.name] = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     return strips
 
@@ -253,7 +228,7 @@ def _embedded_file(path: Path) -> dict:
 
 def embedded(image: Image.Image, encoded: bytes | None = None) -> dict:
     """A data URI: a small image as it is (`encoded`, if it is WebP), else of at most 320 pixels a side."""
-    is_small = max(image.size) <= _LONGEST_SIDE // 2
+    is_small = max(image.size) <= _SMALL
     content, buffer = encoded if is_small else None, io.BytesIO()
     if content is None:
         shown, lossy = image.convert("RGB"), {} if is_small else {"quality": 82}

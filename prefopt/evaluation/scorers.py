@@ -136,7 +136,7 @@ def discriminator_scorer(name: str, device: Any = "cpu") -> Scorer:
 def judge_scorer(judge: Lazy[Judge], rubric: Rubric, name: str) -> Scorer:
     """A judge's soft score of a rubric, for images without a class; `name` is that of its model.
 
-    None where no answer is clear.
+    Of a reward model it is the reward, in logits. None where no answer is clear.
     """
     load = cache(judge.load)
 
@@ -151,7 +151,12 @@ def judge_scorer(judge: Lazy[Judge], rubric: Rubric, name: str) -> Scorer:
 
     most = sum(item.weight for item in rubric.items)
     asks = "; ".join(f"'{item.text.strip()}'" for item in rubric.items)
-    bounds = "" if any(item.soft == "log_odds" for item in rubric.items) else f", from {-most:g} to {most:g}"
+    bounds = f", from {-most:g} to {most:g}"
+    if any(item.soft == "log_odds" for item in rubric.items):
+        bounds = (
+            ", in logits: the sigmoid of the difference of two images of one prompt is how likely the first "
+            "is to be preferred"
+        )
     return Scorer(
         name="judge",
         title="judge's score",

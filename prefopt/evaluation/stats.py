@@ -145,16 +145,21 @@ def win_rate(
     The interval takes pairs for independent: with several seeds a prompt it is a little too narrow, and the
     bootstrap of the difference is the one to quote.
     """
-    differences = _differences(a, b)
-    tie = tie * (1 + 1e-9) + 1e-12  # 0.30 - 0.29 exceeds 0.01 in floating point
-    wins, losses = int((differences > tie).sum()), int((differences < -tie).sum())
-    ties = len(differences) - wins - losses
-    rate = (wins + ties / 2) / len(differences)
+    signs = signs_of(_differences(a, b), tie)
+    wins, losses = int((signs > 0).sum()), int((signs < 0).sum())
+    ties = len(signs) - wins - losses
+    rate = (wins + ties / 2) / len(signs)
     if wins + losses == 0:
         return WinRate(wins, ties, losses, rate, None, None, None, level)
     test = stats.binomtest(wins, wins + losses)
     low, high = test.proportion_ci(confidence_level=level, method="wilson")
     return WinRate(wins, ties, losses, rate, wins / (wins + losses), float(low), float(high), level)
+
+
+def signs_of(differences: np.ndarray, tie: float) -> np.ndarray:
+    """1 where a difference is a win, -1 where it is a loss, 0 where it is at most `tie`."""
+    tie = tie * (1 + 1e-9) + 1e-12  # 0.30 - 0.29 exceeds 0.01 in floating point
+    return np.sign(differences) * (np.abs(differences) > tie)
 
 
 def best_elsewhere(values: np.ndarray, groups: Sequence | np.ndarray, folds: int = 5) -> np.ndarray:

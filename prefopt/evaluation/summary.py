@@ -16,6 +16,7 @@ from prefopt.evaluation.stats import (
     rows_for_power,
     win_rate,
 )
+from prefopt.evaluation.votes import Ballot, tally
 from prefopt.runs import versions
 
 POWER = 0.8
@@ -27,6 +28,7 @@ def summarise(
     metrics: Mapping[str, Mapping[str, Any]],
     tie: float,
     groups: Mapping[str, str] | None = None,
+    ballots: Sequence[Ballot] = (),
 ) -> dict:
     """The content of summary.json.
 
@@ -38,7 +40,9 @@ def summarise(
     with these seeds. A score of None is one that could not be read: it is counted, and left out.
 
     `contrasts` compare each system with the first family's variant of the same settings, or with the first
-    system. `best` compares every two families, each at the variant that is best on other prompts.
+    system. Where families have several variants, `best` compares every two families, each at the variant that
+    is best on other prompts; where they have one, `further` compares every other two systems. `votes` is what
+    people voted, None without `ballots`.
     """
     names = list(systems)
     table = {name: [row for row in rows if row["system"] == name] for name in names}
@@ -52,6 +56,12 @@ def summarise(
         }
         for name in names
     }
+
+    def compared(name: str, against: str) -> dict:
+        found = _contrasts(scores[name], scores[against], prompts, tie, metrics)
+        return {"system": name, "against": against, "metrics": found}
+
+    best = _best(systems, scores, prompts, tie, metrics)
     return {
         "versions": versions(),
         "settings": {
@@ -71,16 +81,27 @@ def summarise(
             }
             for name in names
         },
-        "contrasts": [
-            {
-                "system": name,
-                "against": against,
-                "metrics": _contrasts(scores[name], scores[against], prompts, tie, metrics),
-            }
-            for name, against in _opponents(systems).items()
-        ],
-        "best": _best(systems, scores, prompts, tie, metrics),
+        "contrasts": [compared(name, against) for name, against in _opponents(systems).items()],
+        "further": [] if best else [compared(name, against) for against, name in combinations(names[1:], 2)],
+        "best": best,
+        "votes": tally(ballots, rows, metrics, tie, same) if ballots else None,
     }
+
+
+def headlines(summary: Mapping) -> dict[str, dict]:
+    """What the summary says of the metrics that stand for their scorers."""
+    return {metric: told for metric, told in summary["metrics"].items() if told["is_headline"]}
+
+
+def deciding_metric(metrics: Mapping[str, Mapping]) -> str:
+    """The headline metric by which the best is chosen: the ground truth if there is one, else the first."""
+    headline = [metric for metric, told in metrics.items() if told["is_headline"]]
+    return next((metric for metric in headline if metrics[metric]["is_truth"]), headline[0])
+
+
+def gaps_to_first(summary: Mapping) -> dict[str, Mapping]:
+    """Each further system compared with the first, by metric."""
+    return {contrast["system"]: contrast["metrics"] for contrast in summary["contrasts"]}
 
 
 def _opponents(systems: Mapping[str, Mapping]) -> dict[str, str]:
@@ -110,8 +131,7 @@ def _best(
         families.setdefault(system["family"], []).append(name)
     if all(len(variants) == 1 for variants in families.values()):
         return None
-    headline = [metric for metric, told in metrics.items() if told["is_headline"]]
-    by = next((metric for metric in headline if metrics[metric]["is_truth"]), headline[0])
+    by = deciding_metric(metrics)
     better = -1 if metrics[by]["kind"] == "loss" else 1
     chosen, at_best = {}, {}
     for family, variants in families.items():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefopt.diffusion.generator import ADAPTER_FILE, CHANGES, MODEL_FILE, Generator, adapter_file, changed
 from prefopt.errors import InputError
 
 ADAPTER_CONFIG = "adapter_config.json"  # of peft's format
@@ -36,6 +37,56 @@ def check_each_once(what: str, items: Sequence[Any], least: int = 1) -> None:
     if len(set(items)) < len(items):
         twice = next(item for item in items if items.count(item) > 1)
         raise InputError(f"{twice!r} is named twice among the {what}; name each once")
+
+
+def image_systems(
+    texts: Sequence[str],
+    base: Generator,
+    guidance_scales: Sequence[float] = (),
+    lora_scales: Sequence[float] = (1.0,),
+) -> dict[str, dict[str, Generator]]:
+    """Text-to-image systems by name, each with its variants: its guidance scales, and a LoRA's scales.
+
+    A text is a name alone for `base`, or `name=folder` of a LoRA or a pipeline, and words for a sampler of
+    its own, as `dpo=runs/dpo guidance=3 steps=50`; a folder that is neither is an InputError.
+    """
+    families: dict[str, dict[str, Generator]] = {}
+    for text in texts:
+        name, path, words = parse_system(text, CHANGES)
+        if name in families:
+            raise InputError(f"{name!r} is named twice among the systems; name each once")
+        families[name] = {}
+        own = any(word.startswith("guidance=") for word in words)
+        for guidance in [None] if own else guidance_scales or [None]:
+            at, swept = base, ""
+            if guidance is not None:
+                at = changed(base, [f"guidance={guidance}"], "--guidance_scales")
+                swept = f", guidance {guidance:g}"
+            for scaled, generator in _at_scales(at, path, text, lora_scales):
+                label = f"{name}{scaled}{swept}"
+                if any(label in variants for variants in families.values()):
+                    raise InputError(f"{label!r} is named twice among the systems; name each once")
+                families[name][label] = changed(generator, words, f"--systems {text!r}")
+    return families
+
+
+def _at_scales(
+    base: Generator, path: str, text: str, lora_scales: Sequence[float]
+) -> list[tuple[str, Generator]]:
+    """What a system's path makes of the base model, and how each is called: a LoRA at its scales."""
+    folder = Path(path)
+    if not path:
+        return [("", base)]
+    if (folder / ADAPTER_FILE).is_file() or folder.suffix == ".safetensors":
+        adapter_file(path)
+        alone = list(lora_scales) == [1.0]
+        return [
+            ("" if alone else f" at {scale:g}", replace(base, adapter=path, adapter_scale=scale))
+            for scale in lora_scales
+        ]
+    if (folder / MODEL_FILE).is_file():
+        return [("", replace(base, model=path, revision=None))]
+    raise InputError(f"--systems {text}: {path} holds neither {ADAPTER_FILE} nor {MODEL_FILE}")
 
 
 @dataclass(frozen=True)

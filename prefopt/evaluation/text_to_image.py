@@ -23,6 +23,7 @@ from prefopt.evaluation.scorers import Scorer
 from prefopt.evaluation.scoring import Scores, kept_scores, processes, quiet, write_results
 from prefopt.evaluation.summary import summarise
 from prefopt.evaluation.systems import check_each_once
+from prefopt.evaluation.votes import Ballot, check_votes, system_identity
 from prefopt.files import content_key, reporting_write_errors
 from prefopt.images import save_image
 from prefopt.progress import progress_bar
@@ -49,6 +50,7 @@ def compare(
     *,
     families: Mapping[str, str] | None = None,
     groups: Mapping[str, str] | None = None,
+    ballots: Sequence[Ballot] = (),
     tie: float = 0.01,
     device: str | torch.device | None = None,
     batch_size: int = 8,
@@ -61,8 +63,9 @@ def compare(
 
     Returns the summary, in which the systems are compared with the first. `families` names of each system
     what it is a variant of, at another guidance or scale; the families are then also compared each at its
-    best. `groups` names of each prompt what it asks for, where several ask for the same. Raises InputError
-    for fewer than two systems or prompts, or repeated ones.
+    best. `groups` names of each prompt what it asks for, where several ask for the same. `ballots` are
+    people's votes about these images. Raises InputError for fewer than two systems or prompts, for repeated
+    ones, and for votes about other images.
     """
     _check(systems, prompts, seeds, scorers)
     state = processes()
@@ -70,7 +73,12 @@ def compare(
     with reporting_write_errors(folder):
         (folder / "images").mkdir(parents=True, exist_ok=True)
     weights = {name: generator.weights for name, generator in systems.items()}
+    described = {
+        name: _described(name, generator, weights[name]) | {"family": (families or {}).get(name, name)}
+        for name, generator in systems.items()
+    }
     keys, jobs = _plan(systems, weights, prompts, seeds)
+    check_votes(ballots, {name: system_identity(one) for name, one in described.items()}, keys)
     with state.split_between_processes(list(jobs)) as mine:
         own = {key: jobs[key] for key in cast(list[str], mine)}
         _generate(own, folder, torch.device(device or state.device or "cpu"), batch_size)
@@ -88,11 +96,7 @@ def compare(
         }
         for (name, prompt, seed), key in keys.items()
     ]
-    described = {
-        name: _described(name, generator, weights[name]) | {"family": (families or {}).get(name, name)}
-        for name, generator in systems.items()
-    }
-    summary = summarise(rows, described, metrics, tie, groups)
+    summary = summarise(rows, described, metrics, tie, groups, ballots)
     write_results(folder, rows, summary)
     return summary
 

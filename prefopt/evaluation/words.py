@@ -64,6 +64,39 @@ def win_sentence(system: str, contrast: Mapping) -> str:
     )
 
 
+def share(found: Mapping) -> str:
+    """`62.5 % (55.0 to 70.0)`: a share with its interval, if there is one."""
+    if found["share"] is None:
+        return "none decided"
+    if found["low"] is None:
+        return percent(found["share"])
+    return f"{percent(found['share'])} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+
+
+def votes_sentence(pair: Mapping) -> str:
+    """`Of 40 votes dpo against base wins 22, ties 6, loses 12: 62.5 % (50.0 to 74.0) ...`"""
+    votes = "1 vote" if pair["votes"] == 1 else f"{pair['votes']} votes"
+    sentence = (
+        f"Of {votes} {pair['system']} against {pair['against']} wins {pair['wins']}, ties {pair['ties']}, "
+        f"loses {pair['losses']}: {share(pair)} with a tie as one half."
+    )
+    if pair["groups"] < ENOUGH:
+        return f"{sentence} Too few to claim: {pair['groups']} prompts."
+    if pair["low"] <= 0.5 <= pair["high"]:
+        return f"{sentence} No claim: the interval holds 50{PERCENT}."
+    return f"{sentence} People prefer {pair['system' if pair['low'] > 0.5 else 'against']}."
+
+
+def agreement_sentence(title: str, found: Mapping) -> str:
+    """`CLIP score agrees with people in 71.0 % (60.0 to 81.0) of 34 votes.`"""
+    if not found["votes"]:
+        return f"{title} has no preference in any of {found['undecided']} votes."
+    return (
+        f"{title} agrees with people in {share(found)} of {found['votes']} votes; in {found['undecided']} "
+        "more it has no preference."
+    )
+
+
 def at_best(best: Mapping, family: str) -> str:
     """Which variants were the family's best, with the share of the prompts: `dpo, guidance 3 (80 %)`."""
     return ", ".join(

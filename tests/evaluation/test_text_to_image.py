@@ -184,10 +184,10 @@ def test_what_cannot_be_compared_is_named(models, tmp_path):
 def test_the_report_is_one_file_that_escapes_what_it_shows(models, compared):
     folder, _, _ = compared
     page = write_report(folder, runs=[models / "lora"]).read_text()
-    assert "<script" not in page and "two &lt;script&gt;alert(1)&lt;/script&gt; zebras" in page
-    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert page.count("<script") == 1 and "two &lt;script&gt;alert(1)&lt;/script&gt; zebras" in page
+    assert set(re.findall(r'(?:src|href)="(?!data:|#)([^"]*)', page)) == {"blind.html", "prompts.csv"}
     assert not re.findall(r"url\((?!#)|@import|<link|<iframe", page)
-    assert page.count("<svg") == 2 + 2 + 3  # win bars, scale curves, training curves
+    assert page.count("<svg") == 2 + 2 + 3  # win bars, one chart of scales each, training curves
     assert len(re.findall(r'\bid="([^"]+)"', page)) == len(set(re.findall(r'\bid="([^"]+)"', page)))
     assert write_report(folder, runs=[models / "lora"]).read_text() == page
 
@@ -215,13 +215,15 @@ def test_hostile_names_of_systems_and_runs_stay_text(models, tmp_path):
     scorer = Scorer("clip", "CLIP score", "an <img src=x>", Brightness())
     compare({"base": base, name: odd}, PROMPTS, [0], [scorer], tmp_path)
     page = write_report(tmp_path, runs=[run, models / "lora"]).read_text()
-    assert "<script" not in page and "<img src=x" not in page and "CLIP score" in page
+    assert page.count("<script") == 1 and "<img src=x" not in page and "CLIP score" in page
+    blind = (tmp_path / "blind.html").read_text()
+    assert blind.count("<script") == 2 and "<script>alert" not in blind
 
 
 def test_shown_bounds_the_images(compared):
     folder, _, _ = compared
-    assert write_report(folder, shown=3).read_text().count("<img") == 3 * 4
-    assert write_report(folder, shown=24).read_text().count("<img") == 6 * 4
+    assert write_report(folder, shown=3).read_text().count('"picture"') == 3 * 4
+    assert write_report(folder, shown=24).read_text().count('"picture"') == 6 * 4
 
 
 def test_a_run_without_metrics_is_named(compared, tmp_path):
@@ -339,6 +341,8 @@ def test_the_recipe_by_path_in_two_processes_gives_what_one_gives(models, tmp_pa
         (["--judge_model_name_or_path", "pocket", "--rubric", "mine"], "no rubric could be read from mine"),
         (["--judge_model_name_or_path", "pocket", "--rubric", "class_conditional"], "it asks about {class}"),
         (["--rubric", "reward"], "name the --judge_model_name_or_path, too"),
+        (["--votes", "no-votes.json"], "--votes: there is no file no-votes.json"),
+        (["--runs", "no-run"], "no-run is no training run: it holds no metrics.jsonl"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_exit_code_2(models, tmp_path, flags, message, monkeypatch, capsys):
@@ -492,5 +496,33 @@ def test_a_sweep_has_a_report_that_opens_with_each_ones_best(models, tmp_path, m
     assert places == sorted(places) and "none of dpo is surely better than base" in page
     assert "Too few to claim: 4 prompts" in page and "By part: animal" in page
     assert page.count("<svg") == 2 + 2  # win bars, curves over guidance
-    assert page.count("<figure>\n<img") == 2 * 8, "the best variant of each"
+    assert page.count('"picture"') == 2 * 8, "the best variant of each"
     assert "each at its best" in capsys.readouterr().out
+
+
+# Votes
+
+
+def test_the_recipe_reads_votes_before_it_generates(models, tmp_path, monkeypatch, capsys):
+    options = tiny_comparison(models) | {"output_dir": tmp_path / "out", "num_seeds": 1, "num_prompts": 2}
+    recipe(monkeypatch, *arguments(options))
+    blind = (tmp_path / "out" / "blind.html").read_text()
+    shown = json.loads(re.search(r'id="comparison">(.*?)</script>', blind)[1])  # type: ignore[index]
+    identities = {system["name"]: system["identity"] for system in shown["systems"]}
+    votes = [
+        {"systems": ["base", "dpo"], "prompt": row["prompt"], "seed": row["seed"], "winner": winner}
+        for row, winner in zip(shown["rows"], ("dpo", None), strict=True)
+    ]
+    file = tmp_path / "votes.json"
+    file.write_text(json.dumps({"comparison": identities, "votes": votes}))
+    capsys.readouterr()
+    recipe(monkeypatch, *arguments(options | {"votes": file}))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "People: Of 2 votes dpo against base wins 1, ties 1, loses 0: 75.0" in out
+    assert "People&#39;s votes" in (tmp_path / "out" / "report.html").read_text().replace("'", "&#39;")
+
+    # The same files at another number of steps are another comparison, of which nothing is generated.
+    monkeypatch.setattr(text_to_image, "load_generator", lambda *a, **k: pytest.fail("generated"))
+    with pytest.raises(SystemExit):
+        recipe(monkeypatch, *arguments(options | {"votes": file, "num_inference_steps": 3}))
+    assert "votes.json: vote 1 is of another comparison" in capsys.readouterr().err

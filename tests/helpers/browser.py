@@ -25,18 +25,13 @@ def after(page: Path, script: str) -> str:
         'addEventListener("error", (event) => failed(event.error ?? event.message));'
         f"(async () => {{{script}}})().catch(failed);"
     )
-    with TemporaryDirectory() as folder:
-        copy = Path(folder, page.name)
-        copy.write_text(_with_script(page.read_text(encoding="utf-8"), script), encoding="utf-8")
-        command = [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={folder}/profile",
-        ]
-        command += ["--virtual-time-budget=5000", "--dump-dom", copy.as_uri()]
+    copy = page.with_name(f"copy-of-{page.name}")  # beside it, where its images are
+    copy.write_text(_with_script(page.read_text(encoding="utf-8"), script), encoding="utf-8")
+    with TemporaryDirectory() as profile:
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        command += ["--virtual-time-budget=5000", "--dump-dom", copy.resolve().as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    copy.unlink()
     assert "</html>" in done.stdout, done.stderr
     if error := re.search(r'<body[^>]* data-error="([^"]*)"', done.stdout):
         pytest.fail(f"{page.name}: {error[1]}")

@@ -24,6 +24,7 @@ from data_builders.self_rewarding import SelfRewardingConfig, main
 from prefopt import pocket
 from prefopt.diffusion.tables import read_preferences, read_sft
 from prefopt.errors import InputError
+from prefopt.evaluation.options import JudgeOptions
 from prefopt.judges.image_reward import ImageRewardScorer
 from prefopt.judges.loading import load_judge
 from prefopt.judges.questions import Case, Question
@@ -431,3 +432,19 @@ def test_a_build_judged_by_a_clip(workplace, stable_diffusion, tmp_path):
     assert pair["margin"] == pytest.approx(
         by_seed[pair["chosen_seed"]] - by_seed[pair["rejected_seed"]], abs=1e-5
     )
+
+
+# Comparisons
+
+
+@pytest.mark.parametrize("which", ["clip", "blip"])
+def test_a_comparison_scores_by_any_reward_model(workplace, which):
+    """Without a --rubric: its reward, in logits, for the images and prompts of a comparison."""
+    folder = str(workplace / which)
+    scorer = JudgeOptions(judge_model_name_or_path=folder).judge_scorer("cpu")
+    expected = rewards(load_judge(folder), CASES)
+    assert len(set(expected)) == len(CASES)
+    np.testing.assert_allclose(scorer.score(list(PICTURES), list(PROMPTS)), expected, rtol=1e-5, atol=1e-6)
+    assert "Is this a picture that a person who asked" in scorer.about and "in logits" in scorer.about
+    with pytest.raises(InputError, match="is a reward model, which gives an image one number"):
+        JudgeOptions(judge_model_name_or_path=folder, rubric="whole_prompt").judge_scorer("cpu")
