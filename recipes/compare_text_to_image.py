@@ -129,7 +129,7 @@ class CompareConfig(CriticOptions, JudgeOptions, GenerationOptions):
                 for scale in self.lora_scales
             ]
         if (folder / MODEL_FILE).is_file():
-            return [("", replace(base, model=path, revision=None))]
+            return [("", replace(base, model=path, revision=None, variant=None))]
         raise InputError(f"--systems {text}: {path} holds neither {ADAPTER_FILE} nor {MODEL_FILE}")
 
 

@@ -123,5 +123,5 @@ def parse_source(text: str, base: Generator) -> Generator:
     words = text.split()
     name = words.pop(0) if words and "=" not in words[0] else base.model
     if name != base.model:
-        base = replace(base, model=name, revision=None, adapter=None)
+        base = replace(base, model=name, revision=None, variant=None, adapter=None)
     return changed(base, words, f"--sources {text!r}")

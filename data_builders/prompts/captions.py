@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Caption = Literal["raw", "vlm", "prepared"]
 CAPTIONS: tuple[Caption, ...] = get_args(Caption)
 REAL = "real"  # in place of a source's name
-# The words of a source; not `revision`, whose VAE may be another one.
+# The words of a source; not `revision` and `variant`, whose VAE may be another one.
 WORDS = ("caption", "steps", "guidance", "adapter", "scale")
 
 

@@ -60,7 +60,7 @@ def train_discriminator(
 
     `revision` is that of the model that `images` names, whose latents are read.
     """
-    pipeline = load_pipeline(images.model_name_or_path, revision=revision)
+    pipeline = load_pipeline(images.model_name_or_path, revision=revision, variant=images.variant)
     family = family_of(pipeline)
     examples, held_out = (encode(config, images, pipeline, family, table) for table in tables)
     first = examples[0, 0]
@@ -73,6 +73,7 @@ def train_discriminator(
         latents=latents_identity(pipeline, family),
         base_model=images.model_name_or_path,
         base_revision=revision,
+        base_variant=images.variant,
     )
     free(pipeline, family)
     trainer = PreferenceTrainer(

@@ -58,6 +58,7 @@ class Discriminator(ModelMixin, ConfigMixin):
         latents: str = "",
         base_model: str = "",
         base_revision: str | None = None,
+        base_variant: str | None = None,
         model_type: str = MODEL_TYPE,
     ):
         super().__init__()

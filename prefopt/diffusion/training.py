@@ -81,7 +81,7 @@ def train(
     trainer.save_model()
     if not config.use_peft and trainer.is_world_process_zero():
         folder, component = Path(str(config.output_dir)), denoiser.family.component
-        save_pipeline(config.model_name_or_path, config.model_revision, component, folder)
+        save_pipeline(_base(config), component, folder)
     return trainer
 
 
@@ -94,8 +94,7 @@ def prepare(
 
     The first table is trained on: the times of the others are not spread over its steps.
     """
-    dtype = getattr(torch, config.dtype)
-    pipeline = load_pipeline(config.model_name_or_path, revision=config.model_revision, dtype=dtype)
+    pipeline = _base(config, dtype=getattr(torch, config.dtype))
     denoiser = _denoiser(config, pipeline)
     torch.manual_seed(config.seed)  # a fresh adapter's random factor is the same on every process
     make_trainable(denoiser.network, pipeline, config, denoiser.family.lora_targets)
@@ -109,6 +108,13 @@ def prepare(
     else:
         free(pipeline, denoiser.family)
     return pipeline, denoiser, examples
+
+
+def _base(config: DiffusionConfig, **options: Any) -> Any:
+    """The pipeline that the options name, before training."""
+    return load_pipeline(
+        config.model_name_or_path, revision=config.model_revision, variant=config.variant, **options
+    )
 
 
 def encode(
