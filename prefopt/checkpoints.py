@@ -21,9 +21,13 @@ STAGING = "unfinished"  # no name that transformers takes for a checkpoint
 
 @runtime_checkable
 class SavesItself(Protocol):
-    """A model that is no transformers model, with the file format of its own library."""
+    """A model that is no transformers model, with the file format of its own library.
+
+    `save_pretrained` writes what other programs read, `save_weights` what `load_weights` reads bit for bit.
+    """
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None: ...
+    def save_weights(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None: ...
     def load_weights(self, folder: str | Path) -> None: ...
 
 
@@ -99,7 +103,8 @@ class CheckpointingTrainer(Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict)
+        exact = self._staging and isinstance(model, SavesItself)
+        (model.save_weights if exact else model.save_pretrained)(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if self.ema and self._staging:
