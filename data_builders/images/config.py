@@ -18,7 +18,7 @@ class BuilderConfig(GenerationOptions):
 
     candidates: int = option(8, "Images per prompt.")
     seed: int = option(0, "The seeds of the images follow from it.")
-    adapter: str | None = option(None, "LoRA for that model: a folder or file.")
+    adapter: str | None = option(None, "LoRA for that model: a folder, a file or a hub id.")
     adapter_scale: float = option(1.0, "The LoRA's weight.")
     sources: list[str] = option(
         [],

@@ -12,6 +12,7 @@ from typing import Literal
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import file_key, named_files_key, used_variant, variant_of
+from prefopt.hub import adapter_place, files_at
 from prefopt.options import check_interval, check_paths_exist, option
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -219,14 +220,30 @@ def _loaded_files(folder: Path, variant: str | None) -> dict[str, Path]:
 
 
 def adapter_file(adapter: str | Path) -> Path:
-    """The safetensors file of an adapter that is named by its folder or by the file itself."""
-    path = Path(adapter)
-    if not path.exists():
-        raise InputError(f"no adapter {path}: it is neither a folder nor a file")
+    """The safetensors file of an adapter that is named by its folder, the file itself, or a hub id.
+
+    Of a folder, or a hub id, it is ADAPTER_FILE if that is there, else the only safetensors file.
+    """
+    path = adapter_place(adapter, ADAPTER_FILE)
     if path.is_dir():
-        path = path / ADAPTER_FILE
-    if not path.is_file():
-        raise InputError(f"no adapter in {path.parent}: it holds no {ADAPTER_FILE}")
+        standard = path / ADAPTER_FILE
+        path = standard if standard.is_file() else adapter_place(f"{adapter}/{_only_file(adapter)}")
     if path.suffix != ".safetensors":
         raise InputError(f"{path} is not safetensors; only safetensors adapters are read")
     return path
+
+
+def _only_file(adapter: str | Path) -> str:
+    """The name of the only safetensors file of a folder or hub id; InputError for none and for several."""
+    names = files_at(adapter)
+    if MODEL_FILE in names:
+        raise InputError(f"{adapter} is a whole pipeline, not an adapter: it holds {MODEL_FILE}")
+    found = [name for name in names if name.endswith(".safetensors")]
+    if not found:
+        raise InputError(f"no adapter in {adapter}: it holds no {ADAPTER_FILE} or other safetensors file")
+    if len(found) > 1:
+        raise InputError(
+            f"{adapter} holds {len(found)} safetensors files, {', '.join(found)}: name the right one, "
+            f"such as {adapter}/{found[0]}"
+        )
+    return found[0]

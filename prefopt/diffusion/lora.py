@@ -43,10 +43,11 @@ def make_trainable(network: Any, pipeline: Any, options: LoraArguments, targets:
 def start_from_lora(network: Any, pipeline: Any, adapter: str) -> None:
     """Continue training an adapter, its frozen copy the reference; one that does not fit is an InputError."""
     network.requires_grad_(False)
+    file = adapter_file(adapter)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # two are meant
         for name in (REFERENCE, POLICY):
-            load_adapter(pipeline, adapter_file(adapter), name)
+            load_adapter(pipeline, file, name)
     for name, part in pipeline.components.items():
         if part is not network and isinstance(part, nn.Module) and adapter_layers(part):
             raise InputError(f"the adapter {adapter} changes the {name}, too; only the denoiser's is trained")

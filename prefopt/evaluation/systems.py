@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefopt.errors import InputError
+from prefopt.options import is_local_path
 
 ADAPTER_CONFIG = "adapter_config.json"  # of peft's format
 
@@ -57,16 +58,18 @@ class VlmSystem:
 def vlm_systems(texts: Sequence[str], base: VlmSystem) -> dict[str, VlmSystem]:
     """Systems by name, from texts such as `sft=runs/vlm_sft`; a name without a path is the base model.
 
-    A path is the folder of an adapter or of a whole model; one that is neither is an InputError.
+    A path is the folder of an adapter or of a whole model, or an adapter's hub id; one that is neither is an
+    InputError.
     """
     named = [parse_system(text) for text in texts]
     check_each_once("systems", [system.name for system in named], least=2)
-    return {system.name: _at(Path(system.path), base) if system.path else base for system in named}
+    return {system.name: _at(system.path, base) if system.path else base for system in named}
 
 
-def _at(folder: Path, base: VlmSystem) -> VlmSystem:
-    if (folder / ADAPTER_CONFIG).is_file():
-        return replace(base, adapter=str(folder))
+def _at(path: str, base: VlmSystem) -> VlmSystem:
+    folder = Path(path)
+    if (folder / ADAPTER_CONFIG).is_file() or not (folder.exists() or is_local_path(path)):
+        return replace(base, adapter=path)
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return replace(base, model=str(folder), revision=None)
     inside = f"; name {folder / 'model'}" if (folder / "model" / "config.json").is_file() else ""
