@@ -40,12 +40,13 @@ def files_at(adapter: str | Path) -> list[str]:
 
 
 def _from_hub(adapter: str | Path, call: Callable[[], Found]) -> Found:
-    from prefopt.loading import UNUSABLE, first_line
+    from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError
 
     try:
         return call()
-    except UNUSABLE as error:
+    except (OSError, ValueError, EntryNotFoundError, RevisionResolutionError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"no adapter {str(adapter)!r}: no such folder or file is here, and as a hub id it could not be "
-            f"loaded ({first_line(error)})"
+            f"loaded ({reason})"
         ) from error
