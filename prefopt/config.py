@@ -183,8 +183,9 @@ class LoraArguments:
     )
     adapter_name_or_path: str | None = option(
         None,
-        "A trained adapter to start from; it is also the reference. Its rank, alpha, dropout and layers are "
-        "its own: other values of these options are an error.",
+        "A trained adapter to start from: a folder, a file or a hub id; it is also the reference. Its rank, "
+        "dropout and layers are its own: other values of these options are an error. Another alpha changes "
+        "how fast it is trained on, not what it computes.",
     )
 
     def __post_init__(self) -> None:
@@ -237,7 +238,7 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
             raise InputError("--model_name_or_path is missing; name a folder or a hub id")
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name")
         check_paths_exist(self, "model_name_or_path", "dataset_name", "adapter_name_or_path")
-        check_interval(self, "[1, inf)", "max_train_samples")
+        check_interval(self, "[1, inf)", "max_train_samples", "lora_r", "lora_alpha")
         self._check_evaluation()
         if self.adapter_name_or_path and not self.use_peft:
             raise InputError("--adapter_name_or_path trains that adapter; leave out --no_use_peft")

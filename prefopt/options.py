@@ -61,6 +61,11 @@ def check_paths_exist(config: object, *names: str) -> None:
     """InputError if one of these options names a local path, not a hub id, and nothing is there."""
     for name in names:
         value = getattr(config, name) or ""
-        is_path = value.startswith((".", "/", "~")) or value.count("/") > 1
-        if is_path and not Path(value).exists():
+        if is_local_path(value) and not Path(value).exists():
             raise InputError(f"--{name}: there is no {value}")
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a name is a local path for sure: no hub id, and no file of one, `org/name/x.safetensors`."""
+    is_file_of_hub_id = name.count("/") == 2 and name.endswith(".safetensors")
+    return name.startswith((".", "/", "~")) or (name.count("/") > 1 and not is_file_of_hub_id)

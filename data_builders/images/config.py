@@ -18,7 +18,7 @@ class BuilderConfig(GenerationOptions):
 
     candidates: int = option(8, "Images per prompt.")
     seed: int = option(0, "The seeds of the images follow from it.")
-    adapter: str | None = option(None, "LoRA for that model: a folder or file.")
+    adapter: str | None = option(None, "LoRA for that model: a folder, a file or a hub id.")
     adapter_scale: float = option(1.0, "The LoRA's weight.")
     sources: list[str] = option(
         [],
@@ -123,5 +123,5 @@ def parse_source(text: str, base: Generator) -> Generator:
     words = text.split()
     name = words.pop(0) if words and "=" not in words[0] else base.model
     if name != base.model:
-        base = replace(base, model=name, revision=None, adapter=None)
+        base = replace(base, model=name, revision=None, variant=None, adapter=None)
     return changed(base, words, f"--sources {text!r}")
