@@ -22,14 +22,10 @@ In what the system and the user say, `<image>` or the processor's own image toke
 Where a prompt has no such place, its images go before its first user turn, as in trl.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any, Literal, NamedTuple
-
-import datasets
+from typing import Literal, NamedTuple
 
 from prefopt.errors import InputError
 from prefopt.vlm.messages import messages_of
@@ -143,43 +139,3 @@ FORMATS = (
     Format(("messages",), "sft", _whole_conversation),
     Format(("conversations",), "sft", _whole_conversation),
 )
-
-
-# JSON
-
-
-def read_json(file: Path) -> datasets.Dataset:
-    """The records of a .json list, or of the lines of a .jsonl: images as lists of paths, all else as JSON.
-
-    Arrow's own types would not do: in such files a key's values are of several types, or it comes late.
-    """
-    try:
-        with file.open(encoding="utf-8") as opened:
-            lines = file.suffix == ".jsonl"
-            records = [json.loads(line) for line in opened if line.strip()] if lines else json.load(opened)
-    except ValueError as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise InputError(f"{file} holds {shortened(records)}; it is to be a list of records")
-    if not records:
-        raise InputError(f"{file} holds no records")
-    columns: dict[str, list] = {name: [] for record in records for name in record}
-    paths = datasets.List(datasets.Value("string"))
-    types = {name: paths if name in ("image", "images") else datasets.Json() for name in columns}
-    for number, record in enumerate(records):
-        for name, values in columns.items():
-            value = record.get(name)
-            if types[name] is paths:
-                values.append(_paths(value, f"{file}: row {number}, {name}"))
-            else:
-                values.append(None if value is None else json.dumps(value))
-    return datasets.Dataset.from_dict(columns, datasets.Features(types))
-
-
-def _paths(value: Any, where: str) -> list[str]:
-    paths = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise InputError(
-            f"{where} is {shortened(value)}; it is to be the path of an image, or a list of them"
-        )
-    return paths

@@ -282,7 +282,7 @@ def test_a_llava_file_with_its_pictures_is_read(tmp_path: Path, name: str) -> No
     several["conversations"] = turns("<image>\n<image>\nThe same?", "No.\u2028Not quite.")
     folder = write_llava(tmp_path, [alone, llava(0), several], name)
     examples = read_vision_examples(folder, "sft")
-    assert str(examples) == f"{folder}: 3 rows"
+    assert str(examples) == f"{folder}/{name}: 3 rows"
     assert [examples[0, 0][part] for part in ("images", "prompt")] == [[], [said("user", "3")]]
     assert examples[0, 0]["completions"] == [[said("assistant", "4")]]
     assert examples[1, 0]["prompt"] == [said("user", "Question 0?", images=1)]
@@ -362,9 +362,9 @@ def test_a_split_has_a_file_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"id": 1', "cannot be read as JSON"),
+        ('[{"id": 1', r"llava\.json: line 1 is no JSON: Expecting ',' delimiter"),
         ('{"id": 1}', "holds {'id': 1}; it is to be a list of records"),
-        ("[1, 2]", r"holds \[1, 2\]; it is to be a list of records"),
+        ("[1, 2]", r"llava\.json: row 0 is 1; it is to be a record of named values"),
         ("[]", r"llava\.json holds no records"),
     ],
 )
