@@ -33,7 +33,7 @@ from prefopt import pocket
 from prefopt.cli import run
 from prefopt.errors import InputError
 from prefopt.judges.rubric import Rubric
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_interval, check_paths_exist, check_revision, option
 
 if TYPE_CHECKING:
     from prefopt.judges.questions import Judge
@@ -108,6 +108,7 @@ def judge_words(text: str) -> dict[str, Any]:
     judge: dict[str, Any] = {"name": name, **WORDS, **given}
     if judge["dtype"] not in (dtypes := ("float32", "bfloat16", "float16")):
         raise InputError(f"{where}: dtype is {judge['dtype']!r}; choose from {', '.join(dtypes)}")
+    check_revision(name, judge["revision"], where)
     rubric = judge["rubric"] = Rubric.load(judge["rubric"])
     if rubric.checks or rubric.needs_class:
         what = f"{rubric.checks[0].name} is a detector's" if rubric.checks else "it asks about {class}"
