@@ -162,7 +162,9 @@ class DatasetArguments:
         "the model pocket alone).",
     )
     dataset_config: str | None = option(
-        None, "Configuration of the dataset: of the hub's, or a folder's sub-folder."
+        None,
+        "Configuration of the dataset: of the hub's, or a folder's sub-folder (default: that of its "
+        "card, README.md).",
     )
     dataset_revision: str | None = option(None, "Revision of the dataset on the hub.")
     dataset_train_split: str = option(

@@ -73,8 +73,8 @@ def _load_local(source: str, split: str, config: str | None, revision: str | Non
         raise InputError(f"{place} cannot be read as a dataset: {error.__cause__ or error}") from error
     name = str(places[0] if len(places) == 1 else place) + (f", {split}" if is_sliced(split) else "")
     folder = (place if place.is_dir() else place.parent).resolve()
-    # Where HPDv2 has the pictures of a split; of two splits they would bear the same names.
-    below = [folder / split.partition("[")[0]] if len(places) == 1 else []
+    # Where HPDv2 has the pictures of test.json: in test/. Of two splits they would bear the same names.
+    below = [folder / (split.partition("[")[0] if place.is_dir() else place.stem)] if len(places) == 1 else []
     return Source(rows, name, (folder, *below))
 
 
@@ -121,7 +121,8 @@ def _load_hub(source: str, split: str, config: str | None, revision: str | None)
         return datasets.load_dataset(source, config, split=split, revision=revision)
     except Exception as error:  # the hub's client raises dozens of types for 'not there'
         raise InputError(
-            f"no dataset {source!r}: no such folder here, and as a hub id it could not be loaded ({error})"
+            f"no dataset {source!r}: no such folder or file here, and as a hub id it could not be loaded "
+            f"({error})"
         ) from error
 
 

@@ -122,6 +122,7 @@ def test_hpdv2_as_it_is_published(tmp_path: Path) -> None:
     (tmp_path / "test.json").write_text(json.dumps([lists]))
     assert seeds(read_preferences(str(tmp_path))) == [[1, 0]]
     assert seeds(read_preferences(str(tmp_path / "train.json"))) == [[1, 0]]
+    assert seeds(read_preferences(str(tmp_path / "test.json"))) == [[4, 5, 3]], "of the file's own pictures"
     assert seeds(read_preferences(str(tmp_path), split="test[:1]")) == [[4, 5, 3]]
 
 

@@ -125,11 +125,11 @@ def plain(text: str) -> str:
     return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
 
 
-def fenced(text: str, kind: str = "") -> str:
+def fenced(text: str) -> str:
     """A text as a block that no backticks in it can end."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}{kind}\n{text.rstrip()}\n{fence}"
+    return f"{fence}\n{text.rstrip()}\n{fence}"
 
 
 def public_words(text: str) -> str:

@@ -372,6 +372,23 @@ def test_a_build_is_whole_and_says_what_it_left_out(workplace):
     )
 
 
+def test_real_images_by_path(tmp_path):
+    for seed in range(3):
+        (tmp_path / f"{seed}.png").write_bytes(png(seed))
+    lines = [json.dumps({"image": f"{seed}.png", "text": f"text {seed}"}) for seed in range(3)]
+    (tmp_path / "images.jsonl").write_text("\n".join(lines))
+    for source, split, seeds in (
+        (tmp_path, "train[1:]", [1, 2]),
+        (tmp_path / "images.jsonl", "train", [0, 1, 2]),
+    ):
+        real = read_real(str(source), Limits(), split=split)
+        assert [real.content(record["item"]) for record in real.records] == [png(seed) for seed in seeds]
+        assert [record["raw"] for record in real.records] == [f"text {seed}" for seed in seeds]
+    for options in ({"config": "x"}, {"revision": "x"}):
+        with pytest.raises(InputError, match="pocket is on this machine and has no"):
+            read_real("pocket", Limits(), **options)
+
+
 def test_a_build_is_a_dataset_of_the_hub(workplace, tmp_path):
     check_is_a_dataset(workplace / "whole", tmp_path / "copy", "pairs")
     assert header_of(workplace / "whole")["task_categories"] == ["text-to-image", "image-classification"]

@@ -287,11 +287,11 @@ def test_what_is_no_dataset(tmp_path):
         "torn/train.parquet": r"train\.parquet cannot be read as a dataset",
         "notes/README.txt": r"README\.txt is no table; those that can be read end with \.parquet, \.arrow",
         "rowless": "rowless cannot be read as a dataset: .*no data",
-        "missing": "no such folder here",
+        "missing": "no such folder or file here",
     }.items():
         with pytest.raises(InputError, match=said):
             read_preferences(str(tmp_path / name))
-    with pytest.raises(InputError, match="no dataset 'nobody/nothing': no such folder here"):
+    with pytest.raises(InputError, match="no dataset 'nobody/nothing': no such folder or file here"):
         read_preferences("nobody/nothing")
 
 
