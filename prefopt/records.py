@@ -4,7 +4,8 @@ What the rows of a table of images mean is told in diffusion/formats.py, of conv
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,20 +101,25 @@ def read_split(split: str, read: Callable[[str], Dataset]) -> Dataset:
     """The rows of a split or of slices of some; `read` returns the rows of a split by its name."""
     if not is_sliced(split):
         return read(split)
-    try:
+    with _reporting_wrong_slices(split):
         wanted = datasets.ReadInstruction.from_spec(split)
-        names = dict.fromkeys(part.splitname for part in wanted._relative_instructions)
-        rows = {name: read(name) for name in names}
+    names = dict.fromkeys(part.splitname for part in wanted._relative_instructions)
+    rows = {name: read(name) for name in names}
+    with _reporting_wrong_slices(split):
         parts = wanted.to_absolute({name: len(of) for name, of in rows.items()})
-    except InputError:
-        raise
+    slices = [rows[part.splitname].select(range(part.from_, part.to) or []) for part in parts]
+    return datasets.concatenate_datasets(slices)
+
+
+@contextmanager
+def _reporting_wrong_slices(split: str) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise InputError(
             f"the split {split!r} cannot be read: {error}. Write for example train[:500], train[500:] or "
             "train[10%:20%]"
         ) from error
-    slices = [rows[part.splitname].select(range(part.from_, part.to) or []) for part in parts]
-    return datasets.concatenate_datasets(slices)
 
 
 def _load_hub(source: str, split: str, config: str | None, revision: str | None) -> Dataset:

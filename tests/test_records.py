@@ -283,6 +283,7 @@ def test_a_sum_of_splits(tmp_path: Path) -> None:
         ("train[9:]", r"the split 'train\[9:\]' has no rows"),
         ("train[3:1]", r"the split 'train\[3:1\]' has no rows"),
         ("test[:2]", "no parquet file of a split 'test'"),
+        ("train[:50%](pct1_dropremainder)", "cannot be read: Using .* on a split with less than 100"),
     ],
 )
 def test_wrong_slices_are_named(tmp_path: Path, split: str, said: str) -> None:
