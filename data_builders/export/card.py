@@ -122,7 +122,7 @@ def table(facts: Mapping[str, str]) -> str:
 
 def plain(text: str) -> str:
     """A text in one line of Markdown, without signs that would end a cell of a table or become HTML."""
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
+    return html.escape(" ".join(str(text).splitlines()), quote=False).replace("|", "\\|")
 
 
 def fenced(text: str) -> str:
