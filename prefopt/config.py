@@ -168,7 +168,7 @@ class DatasetArguments:
     )
     dataset_revision: str | None = option(None, "Revision of the dataset on the hub.")
     dataset_train_split: str = option(
-        "train", "The split to train on, or a slice: train[:500], train[500:], train[10%:20%]."
+        "train", "The split to train on, or a slice: train[:500], train[500:], train[10%%:20%%]."
     )
     dataset_test_split: str | None = option(
         None, "A split that is not trained on, which --eval_strategy steps or epoch measures (default: none)."
