@@ -43,6 +43,11 @@ def text_lines(file: Path) -> Iterator[str]:
         yield line.strip()
 
 
+def public_name(name: str) -> str:
+    """A hub id or a word as it is; of a path its last part, for the rest says where it was."""
+    return Path(name).name if name and (Path(name).exists() or name.count("/") > 1) else name
+
+
 # Content
 
 

@@ -333,7 +333,10 @@ def test_a_mistyped_key_of_a_file_is_answered_with_the_nearest_option(tmp_path):
         ({"report_to": "dvclive"}, "--report_to dvclive: DVCLiveCallback requires dvclive to be installed"),
         ({"eval_strategy": "steps"}, "--eval_strategy measures examples that are held out"),
         ({"dataset_test_split": "test"}, "add --eval_strategy steps, or epoch"),
-        ({"dataset_test_split": "train", "eval_strategy": "steps"}, "train is trained on; name another"),
+        (
+            {"dataset_test_split": "train", "eval_strategy": "steps"},
+            "--dataset_test_split train is trained on",
+        ),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(options, refused, changes, said):
@@ -406,3 +409,28 @@ def test_by_path_a_full_disk_while_saving(options, tmp_path, limit):
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 3]
     assert not (folder / "unfinished").exists()
+
+
+@pytest.mark.parametrize("what", ["model", "dataset"])
+def test_a_revision_of_what_is_on_this_machine_is_refused(options, refused, what):
+    message = refused({**options, f"{what}_revision": "main"})
+    place = options["model_name_or_path" if what == "model" else "dataset_name"]
+    assert message.startswith(f"error: --{what}_revision main: {place} is on this machine and has no revisi")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--revision", "main"], "--revision main: pocket is on this machine"),
+        (["--judge_revision", "main"], "--judge_revision main: pocket is on this machine"),
+        (["--sources", "pocket steps=4 revision=main"], "revision=main': pocket is on this machine"),
+    ],
+)
+def test_a_revision_of_the_pocket_is_refused(words, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        parse(TextToImagePairsConfig, words)
+
+
+def test_overlapping_splits_are_refused(options, refused):
+    message = refused({**options, "dataset_test_split": "train[:10%]", "eval_strategy": "steps"})
+    assert "--dataset_test_split train[:10%] is trained on: --dataset_train_split is train" in message

@@ -13,7 +13,7 @@ from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import file_key, named_files_key, used_variant, variant_of
 from prefopt.hub import adapter_place, files_at
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_interval, check_paths_exist, check_revision, option
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 MODEL_FILE = "model_index.json"
@@ -132,6 +132,7 @@ def changed(base: Generator, words: Sequence[str], where: str) -> Generator:
             values[key] = CHANGES[key](value)
         except ValueError as error:
             raise InputError(f"{where}: {key} is {value!r}, not a number") from error
+    check_revision(base.model, given.get("revision"), where)
     sampler = replace(
         base.sampler,
         num_inference_steps=values.get("steps", base.sampler.num_inference_steps),
