@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import resource
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
 from launching import arguments, launch
 from pictures import PAIRS, cell, pair_rows, png, write_pairs, write_table
 from running import recipe
@@ -434,3 +436,18 @@ def test_a_revision_of_the_pocket_is_refused(words, said):
 def test_overlapping_splits_are_refused(options, refused):
     message = refused({**options, "dataset_test_split": "train[:10%]", "eval_strategy": "steps"})
     assert "--dataset_test_split train[:10%] is trained on: --dataset_train_split is train" in message
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "advised"), [(6.5, None, True), (6.5, "2", False), (0.4, None, False)]
+)
+def test_a_busy_machine_is_named_unless_the_threads_are_chosen(load, threads, advised, monkeypatch):
+    """Guards: 18 seconds a step in place of 0.2, because OpenMP's threads wait for each other."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert ("load 6.5 on 2 cores" in cli.busy_machine()) == advised
+    assert os.environ["OMP_WAIT_POLICY"], "set before torch is loaded"
