@@ -224,6 +224,7 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
     """The options of a recipe that trains a model."""
 
     RATES: ClassVar[LearningRates]  # a recipe has its own
+    HOLD_OUT: ClassVar[str] = "a --dataset_test_split"  # how examples are held out
 
     model_name_or_path: str = option("", "The model to train: a folder or a hub id.")
     learning_rate: float | None = None
@@ -258,12 +259,10 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
 
     def _check_evaluation(self) -> None:
         if self.eval_strategy != "no" and not self.holds_out:
+            raise InputError(f"--eval_strategy measures examples that are held out; name {self.HOLD_OUT}")
+        if self.eval_strategy == "no" and self.holds_out:
             raise InputError(
-                "--eval_strategy measures examples that are held out; name a --dataset_test_split"
-            )
-        if self.eval_strategy == "no" and self.dataset_test_split is not None:
-            raise InputError(
-                "--dataset_test_split is there to be measured; add --eval_strategy steps, or epoch"
+                f"what {self.HOLD_OUT} holds out is there to be measured; add --eval_strategy steps, or epoch"
             )
         train, test = self.dataset_train_split, self.dataset_test_split
         # A slice is part of its whole split; of two slices the rows are not known here.

@@ -132,6 +132,11 @@ def _load_hub(source: str, split: str, config: str | None, revision: str | None)
         ) from error
 
 
+def in_test(text_hash: str, fraction: float) -> bool:
+    """Whether a prompt, known by its SHA-256, is held out: whatever else is in the dataset."""
+    return int(text_hash[:8], 16) < fraction * 2**32
+
+
 def check_p_chosen(value: Any, where: str) -> None:
     """InputError unless a soft label is a probability."""
     if not (isinstance(value, float | int) and 0 <= value <= 1):

@@ -16,6 +16,8 @@ from torch import Tensor
 from prefopt.adapters import POLICY, REFERENCE, adapter_layers
 from prefopt.diffusion.generator import ADAPTER_FILE
 from prefopt.errors import InputError
+from prefopt.files import content_key
+from prefopt.records import in_test
 from prefopt.reference import adapters_off
 
 LN2 = math.log(2)
@@ -77,6 +79,21 @@ def test_a_split_that_is_not_trained_on_is_measured_at_the_same_draws_each_time(
         scored = trainer.score(trainer.model.eval(), batch)
     expected = trainer.objective(scored, None, batch).losses.mean().item()
     assert measured[0]["eval_loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_share_of_the_prompts_is_held_out_and_measured(setting, tmp_path):
+    """All examples of a prompt lie on one side, the same as in a builder's dataset."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "test_fraction": 0.4}
+    trainer = train(setting, tmp_path, **options)
+    prompts = [set(side.table.column("prompt")) for side in (trainer.train_dataset, trainer.eval_dataset)]
+    assert not prompts[0] & prompts[1] and len(prompts[0] | prompts[1]) == 5
+    assert all(in_test(content_key(prompt), 0.4) for prompt in prompts[1])
+    assert len(trainer.train_dataset) + len(trainer.eval_dataset) == 12
+    assert len(measured(tmp_path)) == 1
+    with pytest.raises(InputError, match=r"--test_fraction 0.999 of the 5 prompts of .* leaves 0 examples"):
+        train(setting, tmp_path / "none", **options | {"test_fraction": 0.999})
+    with pytest.raises(InputError, match="what a --dataset_test_split or a --test_fraction holds out"):
+        train(setting, tmp_path / "never", test_fraction=0.4)
 
 
 def test_the_first_examples_alone_are_encoded_and_trained_on(setting, tmp_path):

@@ -16,6 +16,7 @@ from data_builders.engine.stages import Group, Record
 from data_builders.engine.tables import Columns, features
 from data_builders.export.tables import Export
 from prefopt.files import reporting_write_errors
+from prefopt.records import in_test
 
 
 class RowWriter(Protocol):
@@ -116,11 +117,6 @@ def _removed(folders: Iterable[Path]) -> Iterator[None]:
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def in_test(prompt_id: str, fraction: float) -> bool:
-    """Whether a prompt is held out: a property of its text, whatever else is in the dataset."""
-    return int(prompt_id[:8], 16) < fraction * 2**32
 
 
 def _bytes(value: Any) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from prefopt.config import RecipeConfig
 from prefopt.errors import InputError
@@ -122,14 +122,29 @@ class DiffusionConfig(
     """The options of a recipe that trains a text-to-image model."""
 
     model_name_or_path: str = option("pocket", "A diffusers pipeline: a folder, a hub id, or `pocket`.")
+    HOLD_OUT: ClassVar[str] = "a --dataset_test_split or a --test_fraction"
+
+    test_fraction: float | None = option(
+        None,
+        "Hold out this share of the prompts: their examples are not trained on, and --eval_strategy steps "
+        "measures them.",
+    )
     encode: Literal["cache", "live"] = option(
         "cache",
         "Images and prompts: encoded once before training (cache), or in every step (live), which is faster "
         "for a run of less than about one epoch and keeps nothing on disk.",
     )
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are examples that are not trained on."""
+        return super().holds_out or self.test_fraction is not None
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_interval(self, "(0, 1)", "test_fraction")
+        if self.test_fraction is not None and self.dataset_test_split is not None:
+            raise InputError("--test_fraction and --dataset_test_split: leave one of them out")
         if self.encode == "live" and self.reference == "cache":
             raise InputError(
                 "--encode live keeps no encodings, and --reference cache needs them: leave one of the two out"

@@ -18,7 +18,7 @@ from pyarrow import ArrowException
 from prefopt.diffusion.formats import FORMATS, KNOWN, Format, Order, cells_of, find_format
 from prefopt.errors import InputError
 from prefopt.files import content_key
-from prefopt.records import Source, image_bytes, load
+from prefopt.records import Source, image_bytes, in_test, load
 
 # `prompt` under the names that other collections give it.
 PROMPT_NAMES = ("prompt", "caption", "text")
@@ -65,6 +65,20 @@ class Table:
         if number is None or number >= len(self):
             return self
         return replace(self, facts=self.facts.select(range(number)))
+
+    def divide(self, test_fraction: float) -> "tuple[Table, Table]":
+        """The examples to train on and those held out, by prompt; InputError if a side has none."""
+        held_out = [in_test(content_key(prompt), test_fraction) for prompt in self.column("prompt")]
+        sides = [[i for i, held in enumerate(held_out) if held == wanted] for wanted in (False, True)]
+        if not all(sides):
+            prompts = len(set(self.column("prompt")))
+            raise InputError(
+                f"--test_fraction {test_fraction} of the {prompts} prompts of {self.source} leaves "
+                f"{len(sides[0])} examples to train on and {len(sides[1])} to measure; choose another, or "
+                "name a --dataset_test_split"
+            )
+        train, test = (replace(self, facts=self.facts.select(side)) for side in sides)
+        return train, test
 
     def where(self, index: int) -> str:
         """What an error calls the example `index`."""

@@ -42,18 +42,8 @@ def train(
     InputError for labels or options that the objective cannot use, before anything is loaded.
     """
     state = PartialState()
-    splits = [config.dataset_train_split, *filter(None, [config.dataset_test_split])]
     with state.main_process_first():  # then the others read its cache
-        tables = [
-            read(
-                pocket.resolve(str(config.dataset_name), "pairs"),
-                split=split,
-                config=config.dataset_config,
-                revision=config.dataset_revision,
-            )
-            for split in splits
-        ]
-    tables[0] = tables[0].first(config.max_train_samples)
+        tables = read_tables(config, read)
     for table in tables:
         state.print(table)
         objective.check_labels(table.soft_labels)
@@ -92,6 +82,17 @@ def train(
         folder, component = Path(str(config.output_dir)), denoiser.family.component
         save_pipeline(_base(config), component, folder)
     return trainer
+
+
+def read_tables(config: DiffusionConfig, read: Callable[..., Table]) -> list[Table]:
+    """The table to train on and, if the options hold examples out, the one that is measured."""
+    source = pocket.resolve(str(config.dataset_name), "pairs")
+    options = {"config": config.dataset_config, "revision": config.dataset_revision}
+    splits = [config.dataset_train_split, *filter(None, [config.dataset_test_split])]
+    tables = [read(source, split=split, **options) for split in splits]
+    if config.test_fraction is not None:
+        tables = list(tables[0].divide(config.test_fraction))
+    return [tables[0].first(config.max_train_samples), *tables[1:]]
 
 
 def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> tuple[Any, Denoiser, Sequence[Candidates]]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import ClassVar, Literal
 
 from prefopt.config import RecipeConfig
 from prefopt.errors import InputError
@@ -12,6 +12,8 @@ from prefopt.options import check_interval, option
 @dataclass
 class VlmConfig(RecipeConfig):
     """A recipe's options, and how model and pairs are read."""
+
+    HOLD_OUT: ClassVar[str] = "a --dataset_test_split or a --test_size"
 
     model_name_or_path: str = option(
         "pocket", "A chat model that reads images: a folder, a hub id, or `pocket`."

@@ -22,7 +22,6 @@ from tiny_vlm import tiny_llava
 from tqdm import tqdm
 
 from data_builders.discriminator_pairs import SOURCES, DiscriminatorPairsConfig, main
-from data_builders.export.writers import in_test
 from data_builders.images.generation import candidate_seed
 from data_builders.images.graded_passes import Codec, StoreRealImages, native_side, token_limit
 from data_builders.images.real import Limits, read_real
@@ -33,6 +32,7 @@ from prefopt.diffusion.tables import read_preferences
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.pocket.world import PHRASINGS, caption, is_held_out, parse, train_scenes
+from prefopt.records import in_test
 
 SCRIPT = "data_builders/discriminator_pairs.py"
 NAMES = ["turbo1", "turbo4", "prepared4"]

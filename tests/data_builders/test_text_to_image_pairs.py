@@ -23,7 +23,7 @@ from data_builders.engine.stages import Group, flow, in_threads, is_valid
 from data_builders.engine.tables import PAIRS
 from data_builders.export import writers
 from data_builders.export.tables import EXPORTS
-from data_builders.export.writers import in_test, write_exports
+from data_builders.export.writers import write_exports
 from data_builders.images.build import replaced
 from data_builders.images.generation import candidate_seed, encode, expand
 from data_builders.images.selection import (
@@ -42,6 +42,7 @@ from prefopt.errors import InputError
 from prefopt.judges.questions import NO, YES, Answer
 from prefopt.loading import Lazy
 from prefopt.pocket.world import parse, train_scenes
+from prefopt.records import in_test
 
 SCRIPT = "data_builders/text_to_image_pairs.py"
 PROMPTS = [f"{number} red lions" for number in ("no", "two", "three", "four", "five", "six", "seven")]

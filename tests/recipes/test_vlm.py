@@ -225,7 +225,8 @@ def test_held_out_images_are_measured_and_not_trained_on(setting: dict, tmp_path
         scores = trainer.score(trainer.model.eval(), batch).scores
     assert measured[-1] == pytest.approx(-(scores.sum() / batch["tokens"].sum()).item(), abs=1e-4)
     with pytest.raises(
-        InputError, match="--eval_strategy measures examples that are held out; name a --dataset_test_split"
+        InputError,
+        match="--eval_strategy measures examples that are held out; name a --dataset_test_split or",
     ):
         running.train(setting, tmp_path / "other", "vlm_sft", eval_strategy="steps")
 
