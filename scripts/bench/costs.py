@@ -7,14 +7,14 @@ followed: what autograd keeps for the backward pass is counted tensor by tensor,
 torch's flop counter. Memory is weights, the adapter with its gradient and AdamW's two moments, what autograd
 keeps, the largest block that checkpointing computes again, and 1 GiB for CUDA. Seconds are multiplications
 over 40 % of the card's published peak in bfloat16 (RTX 4090: 165 TFLOPS; RTX 4080: 97). Attention is taken to
-keep queries, keys, values, output and one number a row, as fused kernels do.
+keep queries, keys, values, output and one number a row, as fused kernels do; norms run in float32 and products
+in bfloat16, as under autocast.
 """
 
 import argparse
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +25,7 @@ from peft import LoraConfig, get_peft_model
 from shapes import SD15, SD21, SDXL, build_llava_15
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from prefopt.diffusion.families.stable_diffusion import StableDiffusion
@@ -91,12 +92,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
     return Attention.apply(query, key, value)
 
 
+def autocasting(name: str) -> Callable:
+    """A function of torch.nn.functional as autocast calls it: norms in float32, products in bfloat16."""
+    plain = getattr(functional, name)
+    dtype = torch.float32 if name.endswith("norm") else torch.bfloat16
+
+    def call(*values: Any, **options: Any) -> Tensor:
+        cast = [value.to(dtype) if isinstance(value, Tensor) else value for value in values]
+        return plain(
+            *cast, **{key: v.to(dtype) if isinstance(v, Tensor) else v for key, v in options.items()}
+        )
+
+    return call
+
+
 @contextmanager
 def followed(kept: Kept):
     """Within, what autograd keeps is counted, and multiplications."""
     Attention.flops = 0
+    cast = ("group_norm", "layer_norm", "conv2d", "linear")
     with (
-        patch("torch.nn.functional.scaled_dot_product_attention", attend),
+        patch.multiple(functional, **{name: autocasting(name) for name in cast}),
+        patch.object(functional, "scaled_dot_product_attention", attend),
         saved_tensors_hooks(kept.add, kept.add),
         FlopCounterMode(display=False) as counter,
     ):
@@ -110,13 +127,13 @@ def trained_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def unet_costs(preset: dict[str, Any]) -> tuple[int, int, int, float, str]:
-    """Frozen and trained bytes, bytes for the backward pass, flops of a forward pass of a step's pairs, cache."""
+    """Bytes that are frozen, trained and for the backward pass; flops of a forward pass; the cache."""
     from diffusers import UNet2DConditionModel
 
     shape, side = UNETS[preset["model_name_or_path"]], preset["resolution"] // 8
     images, width = 2 * preset["per_device_train_batch_size"], shape["cross_attention_dim"]
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel(**shape).to(torch.bfloat16).requires_grad_(False)
+        unet: Any = UNet2DConditionModel(**shape).requires_grad_(False)
         unet.add_adapter(LoraConfig(r=preset["lora_r"], target_modules=list(StableDiffusion.lora_targets)))
         unet.to(torch.bfloat16)
         sample = torch.empty(images, 4, side, side, dtype=torch.bfloat16)
@@ -155,12 +172,12 @@ def llava_costs(preset: dict[str, Any]) -> tuple[int, int, int, float, str]:
         language._set_gradient_checkpointing(True, kept.checkpoint)
     rows, tokens = preset["per_device_train_batch_size"], 576 + PROMPT + 2 * ANSWER
     embedded = torch.empty(rows, tokens, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    positions = torch.arange(tokens, device="meta")[None]
+    # As a row that shares its prompt, with a mask of its own.
+    mask = torch.empty(rows, 1, tokens, tokens, dtype=torch.bool, device="meta")
+    positions = torch.empty(rows, tokens, dtype=torch.long, device="meta")
     with followed(kept) as flops:
-        hidden = language(
-            inputs_embeds=embedded, position_ids=positions, attention_mask=None
-        ).last_hidden_state
-        model.lm_head(hidden[:, -2 * ANSWER :]).float()
+        read = language(inputs_embeds=embedded, position_ids=positions, attention_mask=mask, use_cache=False)
+        model.lm_head(read.last_hidden_state[:, -2 * ANSWER :]).float()
     _, trained = trained_bytes(adapted)
     frozen = sum(p.nbytes for p in model.parameters()) - trained // 8
     return int(frozen - saved), trained, kept.bytes + kept.block, flops(), "4 B an answer"
@@ -186,12 +203,11 @@ def row_of(path: Path) -> str:
 def main() -> None:
     """Print the table of the presets whose names end in `_16gb` or `_24gb`."""
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=partial(argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    print(
-        "| preset | GiB in all | weights | adapter and optimizer | for the backward pass | pairs a step | a step | cache |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    parts = ("in all", "weights", "adapter and optimizer", "for the backward pass")
+    names = ("preset", *(f"GiB {part}" for part in parts), "pairs a step", "seconds a step", "cache")
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for path in sorted(CONFIGS.glob("*_[0-9][0-9]gb.yaml")):
         print(row_of(path), flush=True)
 
