@@ -29,11 +29,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_builders.export.config import HubOptions
 from prefopt import pocket
 from prefopt.cli import run
 from prefopt.errors import InputError
 from prefopt.judges.rubric import Rubric
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_interval, check_paths_exist, check_revision, option
 
 if TYPE_CHECKING:
     from prefopt.judges.questions import Judge
@@ -44,11 +45,11 @@ WORDS = {"rubric": "reward", "revision": None, "dtype": "float32", "url": None}
 
 
 @dataclass
-class ConsensusConfig:
+class ConsensusConfig(HubOptions):
     """Which pairs are read, what judges them, and which are kept."""
 
     dataset_name: str | None = option(
-        None, "Preferences: a folder, a hub id or `pocket` (the default for the judge `pocket`)."
+        None, "Preferences: a folder, a file, a hub id or `pocket` (the default for the judge `pocket`)."
     )
     dataset_config: str | None = option(
         None, "Configuration of the dataset: of the hub's, or a folder's sub-folder."
@@ -74,10 +75,10 @@ class ConsensusConfig:
         "(margin), which is a probability for reward models.",
     )
     shard_megabytes: int = option(256, "Largest Parquet file of a table.")
-    push_to_hub: str | None = option(None, "Dataset id on the hub to upload to.")
     output_dir: str = option("data/consensus", "Folder for the dataset.")
 
     def __post_init__(self) -> None:
+        self.check_hub()
         if not self.judges and self.dataset_name not in (None, pocket.NAME):
             raise InputError(
                 f"--judges is missing: only the dataset `{pocket.NAME}` has a default for it, not "
@@ -108,6 +109,7 @@ def judge_words(text: str) -> dict[str, Any]:
     judge: dict[str, Any] = {"name": name, **WORDS, **given}
     if judge["dtype"] not in (dtypes := ("float32", "bfloat16", "float16")):
         raise InputError(f"{where}: dtype is {judge['dtype']!r}; choose from {', '.join(dtypes)}")
+    check_revision(name, judge["revision"], where)
     rubric = judge["rubric"] = Rubric.load(judge["rubric"])
     if rubric.checks or rubric.needs_class:
         what = f"{rubric.checks[0].name} is a detector's" if rubric.checks else "it asks about {class}"

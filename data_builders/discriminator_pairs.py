@@ -40,6 +40,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from data_builders.export.config import HubOptions
 from data_builders.prompts.captions import Caption, Source, parse_sources, prepare, prepare_for_pocket
 from prefopt import pocket
 from prefopt.cli import run
@@ -53,7 +54,7 @@ QUESTION = "Describe this picture."
 
 
 @dataclass
-class DiscriminatorPairsConfig(GenerationOptions):
+class DiscriminatorPairsConfig(HubOptions, GenerationOptions):
     """The real images, what describes them, what is generated, and what is written."""
 
     dataset_name: str | None = option(
@@ -102,11 +103,11 @@ class DiscriminatorPairsConfig(GenerationOptions):
     exports: list[str] = option(list(TABLES), f"Tables to write beside candidates: {', '.join(TABLES)}.")
     test_fraction: float = option(0.1, "Share of the real images that go to the split `test`.")
     shard_megabytes: int = option(256, "Largest Parquet file of a table.")
-    push_to_hub: str | None = option(None, "Dataset id on the hub to upload to.")
     output_dir: str = option("data/discriminator", "Folder for the dataset.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_hub()
         described = ["captioner_model_name_or_path"] if self.described else []
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name", *described)
         check_paths_exist(self, "dataset_name", "captioner_model_name_or_path", "captioner_prompt")

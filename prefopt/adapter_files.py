@@ -30,6 +30,7 @@ from prefopt.diffusion.generator import ADAPTER_FILE as DIFFUSION_FILE
 from prefopt.diffusion.generator import adapter_file
 from prefopt.errors import InputError
 from prefopt.files import replacing, reporting_write_errors, write_atomically
+from prefopt.hub import adapter_place
 
 _PEFT = "base_model.model."  # what every name in peft's files begins with
 _FIRST_FACTOR = re.compile(
@@ -40,7 +41,7 @@ _DORA = "it is a DoRA, whose magnitudes are not linear in the factors"
 _OTHER = "the update of a layer is not scaling * B A"
 _REFUSED = {  # options of peft's LoraConfig
     "use_dora": _DORA,
-    "lora_bias": "it has biases beside the factors, which are not averaged here",
+    "lora_bias": "it has biases beside the factors",
     "target_parameters": "the factors of several experts lie in one tensor",
     **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config"), _OTHER),
     **dict.fromkeys(("monteclora_config", "use_bdlora", "use_qalora"), _OTHER),
@@ -115,13 +116,12 @@ def _of_layer(config: Mapping[str, Any], pattern: str, default: str, layer: str)
 
 
 def read_adapter(adapter: str | Path) -> AdapterFile:
-    """The adapter in a folder, in a file that diffusers loads, or, in peft's format, of a hub id."""
-    path = Path(adapter)
+    """The adapter of a folder, file or hub id, in peft's format or in a file that diffusers loads."""
+    name, path = str(adapter), adapter_place(adapter, CONFIG_FILE, ADAPTER_FILE, DIFFUSION_FILE)
     if path.name == ADAPTER_FILE:
         path = path.parent
-    diffusion = path.is_file() or ((path / DIFFUSION_FILE).is_file() and not (path / CONFIG_FILE).is_file())
-    name = str(adapter)
-    file = adapter_file(path) if diffusion else Path(adapter_folder(str(path))) / ADAPTER_FILE
+    diffusion = not (path / CONFIG_FILE).is_file()
+    file = adapter_file(adapter) if diffusion else Path(adapter_folder(str(path))) / ADAPTER_FILE
     try:
         tensors: Any = safe_open(file, framework="pt")
         text = None if diffusion else (file.parent / CONFIG_FILE).read_text(encoding="utf-8")
@@ -161,13 +161,13 @@ def _check_config(config: Mapping[str, Any], name: str) -> None:
     """InputError unless this is a LoRA whose update is scaling * B A, on the base weights as they are."""
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
-        raise InputError(f"{name} is of the type {kind}; only LORA adapters are averaged")
+        raise InputError(f"{name} is of the type {kind}; only LORA adapters are read")
     if refused := next((option for option in _REFUSED if config.get(option)), None):
-        raise InputError(f"{name} cannot be averaged ({refused}): {_REFUSED[refused]}")
+        raise InputError(f"{name} is no plain LoRA ({refused}): {_REFUSED[refused]}")
     start = config.get("init_lora_weights", True)
     if start not in _BASE_UNCHANGED:
         raise InputError(
-            f"{name} cannot be averaged: it was initialised by {start}, which may change the base weights. "
+            f"{name} is no plain LoRA: it was initialised by {start}, which may change the base weights. "
             "Save it as a plain LoRA: save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
 
@@ -199,11 +199,11 @@ def _check_names(file: AdapterFile) -> None:
     """InputError for tensors that are neither factors nor, in peft's format, weights trained in full."""
     rest, in_peft_format = file.whole, file.in_peft_format
     if dora := [name for name in rest if "magnitude_vector" in name or "dora_scale" in name]:
-        raise InputError(f"{file.name} cannot be averaged ({dora[0]}): {_DORA}")
+        raise InputError(f"{file.name} is no plain LoRA ({dora[0]}): {_DORA}")
     if stray := [name for name in rest if not in_peft_format or re.search(r"[._]lora_", name)]:
         raise InputError(
             f"{file.name}: {stray[0]} belongs to no pair of LoRA factors ({len(stray)} such tensors); "
-            "only adapters of pairs A and B are averaged"
+            "only adapters of pairs A and B are read"
         )
     if not file.pairs:
         raise InputError(f"{file.name} holds no LoRA factors, and {len(rest)} other tensors")
@@ -224,7 +224,7 @@ def _check_shapes(file: AdapterFile, layer: str) -> None:
     if len(A) != len(B) or A[0] != B[1] or set(B[2:]) - {1}:
         raise InputError(
             f"{file.name}: {first} {A} and {second} {B} do not make a matrix product (a grouped convolution "
-            "does not); such adapters are not averaged"
+            "does not); such adapters are not read"
         )
 
 

@@ -4,17 +4,16 @@ When training starts from a trained adapter (SFT, then DPO), that adapter stays 
 frozen, under the name `reference`: what was trained before is part of what the policy is compared with.
 """
 
-from pathlib import Path
+import math
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from prefopt.config import LORA, LoraArguments
 from prefopt.errors import InputError
-from prefopt.loading import UNUSABLE, first_line
+from prefopt.hub import adapter_place
 
 POLICY, REFERENCE = "default", "reference"  # names of adapters
 CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # in peft's format
@@ -27,8 +26,21 @@ def lora_config(arguments: LoraArguments, default_targets: list[str] | str, **kw
     return LoraConfig(r=own.pop("lora_r"), target_modules=targets, **own, **kwargs)
 
 
-def check_own_options(arguments: LoraArguments, model: nn.Module, config: LoraConfig) -> None:
-    """InputError for an option that says otherwise than the adapter that the model starts from."""
+def apply_options(arguments: LoraArguments, model: Any) -> None:
+    """Apply the options to the trained adapter that the model starts from, and to its frozen copy.
+
+    Another alpha, or rsLoRA, leaves the adapter's update as it is: the second factors are divided by what the
+    scaling is multiplied with, so only the steps of training change. Adapters of diffusion models are saved
+    with alpha = r and the scaling in their factors; trained on with the options that they were trained
+    with, they have their former factors again. Any other option that says otherwise than the adapter is an
+    InputError.
+    """
+    config = model.peft_config[POLICY]
+    alpha = config.lora_alpha if arguments.lora_alpha is None else arguments.lora_alpha
+    rslora = config.use_rslora if arguments.use_rslora is None else arguments.use_rslora
+    if (alpha, rslora) != (config.lora_alpha, config.use_rslora):
+        for name in (POLICY, REFERENCE):  # both, so that they are rounded alike
+            _rescale(model, name, alpha, rslora)
     own = {"lora_r": config.r, **{name: getattr(config, name) for name in LORA if name != "lora_r"}}
     differing = {name: has for name, has in own.items() if getattr(arguments, name) not in (None, has)}
     if names := arguments.lora_target_modules:
@@ -42,6 +54,20 @@ def check_own_options(arguments: LoraArguments, model: nn.Module, config: LoraCo
         )
 
 
+def _rescale(model: Any, name: str, alpha: int, rslora: bool) -> None:
+    """Give an adapter another scaling, its second factors divided by the change."""
+    for layer in adapter_layers(model):
+        scaling = alpha / (math.sqrt(layer.r[name]) if rslora else layer.r[name])
+        change = layer.scaling[name] / scaling
+        if name in layer.lora_B:
+            layer.lora_B[name].weight.data.mul_(change)
+        else:
+            layer.lora_embedding_B[name].data.mul_(change)
+        layer.scaling[name], layer.lora_alpha[name] = scaling, alpha
+    config = model.peft_config[name]
+    config.lora_alpha, config.use_rslora, config.alpha_pattern = alpha, rslora, {}
+
+
 def adapter_layers(model: nn.Module) -> list[Any]:
     """Every layer of the model that carries adapters."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -52,16 +78,8 @@ def adapter_folder(adapter: str) -> str:
 
     Pickled weights are never downloaded; a folder without the two files is an InputError.
     """
-    folder = adapter
-    if not Path(adapter).exists():
-        try:
-            folder = snapshot_download(adapter, allow_patterns=[CONFIG_FILE, ADAPTER_FILE])
-        except UNUSABLE as error:
-            raise InputError(
-                f"no adapter {adapter!r}: no such folder here, and as a hub id it could not be loaded "
-                f"({first_line(error)})"
-            ) from error
-    missing = [name for name in (CONFIG_FILE, ADAPTER_FILE) if not Path(folder, name).is_file()]
+    folder = adapter_place(adapter, CONFIG_FILE, ADAPTER_FILE)
+    missing = [name for name in (CONFIG_FILE, ADAPTER_FILE) if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{adapter} is no adapter in peft's format: it has no {' and no '.join(missing)}")
-    return folder
+    return str(folder)

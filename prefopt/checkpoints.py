@@ -32,6 +32,13 @@ class SavesItself(Protocol):
     def load_weights(self, folder: str | Path) -> None: ...
 
 
+@runtime_checkable
+class SavesExactly(SavesItself, Protocol):
+    """One that writes checkpoints in another way: what `load_weights` reads bit for bit."""
+
+    def save_weights(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None: ...
+
+
 def check_saves(model: nn.Module) -> None:
     """InputError for a model that could not be saved, or loaded again, at the end of its training."""
     has_half = hasattr(model, "save_pretrained") or hasattr(model, "load_weights")
@@ -129,7 +136,9 @@ class CheckpointingTrainer(Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if not _is_plain(model):
+        if self._staging and isinstance(model, SavesExactly):
+            model.save_weights(folder, state_dict=state_dict)
+        elif not _is_plain(model):
             model.save_pretrained(folder, state_dict=state_dict)
         elif state_dict is None:
             save_model(model, str(folder / SAFE_WEIGHTS_NAME))  # which stores shared weights once

@@ -18,7 +18,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+# OpenMP reads it when torch is loaded: threads that wait leave their cores to other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import psutil
+import torch
 from trl import TrlParser
 from yaml import YAMLError
 
@@ -106,6 +110,8 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
     first = int(os.environ.get("RANK", "0")) == 0
     try:
         check_launch()
+        if first and (advice := busy_machine()):
+            print(advice, file=sys.stderr)
         config: Any = parse(config_class)
         with exclusive_lock(Path(config.output_dir)) if first else nullcontext():
             if first:
@@ -116,6 +122,17 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
         sys.exit(_say(f"error: {error}", BAD_INPUT))
     except KeyboardInterrupt as interrupt:
         sys.exit(_say(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", INTERRUPTED))
+
+
+def busy_machine() -> str:
+    """What to do about other programs on the same CPU, if there are any and nobody has chosen the threads."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < cores or "OMP_NUM_THREADS" in os.environ or torch.accelerator.is_available():
+        return ""
+    return (
+        f"other programs use this machine (load {load:.1f} on {cores} cores): with OMP_NUM_THREADS=1 before "
+        "the command, no thread waits for another, which may be several times as fast"
+    )
 
 
 def check_launch() -> None:

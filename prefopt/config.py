@@ -183,8 +183,9 @@ class LoraArguments:
     )
     adapter_name_or_path: str | None = option(
         None,
-        "A trained adapter to start from; it is also the reference. Its rank, alpha, dropout and layers are "
-        "its own: other values of these options are an error.",
+        "A trained adapter to start from: a folder, a file or a hub id; it is also the reference. Its rank, "
+        "dropout and layers are its own: other values of these options are an error. Another alpha changes "
+        "how fast it is trained on, not what it computes.",
     )
 
     def __post_init__(self) -> None:
@@ -200,13 +201,19 @@ class DatasetArguments:
     """Where the examples come from."""
 
     dataset_name: str | None = option(
-        None, "A folder or a hub id (default: the pocket's own data, for the model pocket alone)."
+        None,
+        "A folder, a file (.jsonl, .json, .csv, .parquet) or a hub id (default: the pocket's own data, for "
+        "the model pocket alone).",
     )
     dataset_config: str | None = option(
-        None, "Configuration of the dataset: of the hub's, or a folder's sub-folder."
+        None,
+        "Configuration of the dataset: of the hub's, or a folder's sub-folder (default: that of its "
+        "card, README.md).",
     )
     dataset_revision: str | None = option(None, "Revision of the dataset on the hub.")
-    dataset_train_split: str = option("train", "The split to train on.")
+    dataset_train_split: str = option(
+        "train", "The split to train on, or a slice: train[:500], train[500:], train[10%%:20%%]."
+    )
     dataset_test_split: str | None = option(
         None, "A split that is not trained on, which --eval_strategy steps or epoch measures (default: none)."
     )
@@ -237,7 +244,7 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
             raise InputError("--model_name_or_path is missing; name a folder or a hub id")
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name")
         check_paths_exist(self, "model_name_or_path", "dataset_name", "adapter_name_or_path")
-        check_interval(self, "[1, inf)", "max_train_samples")
+        check_interval(self, "[1, inf)", "max_train_samples", "lora_r", "lora_alpha")
         self._check_evaluation()
         if self.adapter_name_or_path and not self.use_peft:
             raise InputError("--adapter_name_or_path trains that adapter; leave out --no_use_peft")
@@ -258,5 +265,10 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
             raise InputError(
                 "--dataset_test_split is there to be measured; add --eval_strategy steps, or epoch"
             )
-        if self.dataset_test_split == self.dataset_train_split:
-            raise InputError(f"--dataset_test_split {self.dataset_test_split} is trained on; name another")
+        train, test = self.dataset_train_split, self.dataset_test_split
+        # A slice is part of its whole split; of two slices the rows are not known here.
+        if test and (test == train or test.partition("[")[0] == train or train.partition("[")[0] == test):
+            raise InputError(
+                f"--dataset_test_split {test} is trained on: --dataset_train_split is {train}; name another, "
+                "or slices that do not overlap, train[:90%] and train[90%:]"
+            )

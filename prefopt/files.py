@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from prefopt.errors import InputError
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # what its errors name
 os.umask(_mask := os.umask(0))
 _NEW_FILE = 0o666 & ~_mask  # permissions
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _locked: dict[Path, IO[str]] = {}  # the folders that this process has locked, with their lock files
 
 
@@ -39,6 +41,11 @@ def text_lines(file: Path) -> Iterator[str]:
         if not line.strip():
             raise InputError(f"{file}: line {number} is empty; each line is a prompt, so delete it")
         yield line.strip()
+
+
+def public_name(name: str) -> str:
+    """A hub id or a word as it is; of a path its last part, for the rest says where it was."""
+    return Path(name).name if name and (Path(name).exists() or name.count("/") > 1) else name
 
 
 # Content
@@ -68,8 +75,22 @@ def _file_key(path: Path, *state: int) -> str:
 
 def files_key(folder: Path, paths: Iterable[Path]) -> str:
     """The SHA-256 over some files of a folder in this order, their names there included."""
-    lines = [f"{path.relative_to(folder)} {file_key(path)}" for path in paths]
-    return content_key("\n".join(lines))
+    return named_files_key({str(path.relative_to(folder)): path for path in paths})
+
+
+def named_files_key(files: Mapping[str, Path]) -> str:
+    """The SHA-256 over some files in this order, and over the names that they are given here."""
+    return content_key("\n".join(f"{name} {file_key(path)}" for name, path in files.items()))
+
+
+def variant_of(file: Path) -> str | None:
+    """The variant that the name of a file of weights says, such as fp16 in `model.fp16.safetensors`."""
+    return _SHARD.sub("", file.stem).partition(".")[2] or None
+
+
+def used_variant(part: Path, variant: str | None) -> str | None:
+    """The variant to load of a pipeline's part: this one if its folder has it, else the plain weights."""
+    return variant if variant in map(variant_of, part.glob("*.safetensors")) else None
 
 
 # Writing

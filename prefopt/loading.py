@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from prefopt.errors import InputError
-from prefopt.files import files_key
+from prefopt.files import files_key, used_variant
 
 Model = TypeVar("Model")
 
@@ -70,15 +70,21 @@ def load_part(kind: Any, name: str | Path, what: str, revision: str | None = Non
         raise not_loaded(what, name, error) from error
 
 
-def load_parts(index: Mapping[str, Any], folder: Path, dtype: Any) -> dict[str, Any]:
-    """The models that a pipeline's index names, each complete; the safety checker is left out."""
+def load_parts(
+    index: Mapping[str, Any], folder: Path, dtype: Any, variant: str | None = None
+) -> dict[str, Any]:
+    """The models that a pipeline's index names, each complete; the safety checker is left out.
+
+    A part without weights of the `variant` has its plain ones loaded, as diffusers does.
+    """
     models = {}
     for name, entry in index.items():
         library, kind = entry if isinstance(entry, list | tuple) else (None, None)
         module = import_module(library) if library in ("diffusers", "transformers") else None
         part = getattr(module, str(kind), None) if module and name != "safety_checker" else None
         if isinstance(part, type) and issubclass(part, nn.Module):
-            models[name] = load_complete(part, folder, f"pipeline's {name}", subfolder=name, dtype=dtype)
+            options = {"subfolder": name, "dtype": dtype, "variant": used_variant(folder / name, variant)}
+            models[name] = load_complete(part, folder, f"pipeline's {name}", **options)
     return models
 
 

@@ -9,7 +9,7 @@ import yaml
 from transformers import TrainingArguments
 
 from prefopt.config import PreferenceConfig
-from prefopt.files import write_atomically
+from prefopt.files import public_name, write_atomically
 from prefopt.options import COMMON_OPTIONS
 from prefopt.runs import VALIDATION_STRIPS, read_metrics, versions
 
@@ -50,7 +50,9 @@ def write_card(
     folder: Path, run: Path, config: PreferenceConfig, *, arithmetic: str, about: Mapping[str, str]
 ) -> None:
     """Write README.md to `folder`, for the weights there that `run` trained."""
-    model, data = (_public(getattr(config, name, None)) for name in ("model_name_or_path", "dataset_name"))
+    model, data = (
+        public_name(getattr(config, name, None) or "") for name in ("model_name_or_path", "dataset_name")
+    )
     header = {"tags": ["prefopt", *(["lora"] if getattr(config, "use_peft", False) else [])]}
     header |= {"base_model": model} if model and "/" in model else {}
     header |= {"datasets": [data]} if data and "/" in data else {}
@@ -78,13 +80,6 @@ def write_card(
     write_atomically(folder / "README.md", card)
 
 
-def _public(name: str | None) -> str | None:
-    """A hub id or a word as it is; of a path its last part, for the rest says where it lay."""
-    if name and (Path(name).exists() or name.count("/") > 1):
-        return Path(name).name
-    return name
-
-
 def _changed(config: PreferenceConfig) -> dict[str, Any]:
     """The options of a recipe that differ from their defaults, without those that say where things are."""
     trainers_own = {field.name for field in fields(TrainingArguments)} - COMMON_OPTIONS
@@ -94,5 +89,5 @@ def _changed(config: PreferenceConfig) -> dict[str, Any]:
         value = getattr(config, field.name)
         if field.name in trainers_own | _PRIVATE or value is None or value == (default or False):
             continue
-        changed[field.name] = _public(value) if isinstance(value, str) else value
+        changed[field.name] = public_name(value) if isinstance(value, str) else value
     return changed

@@ -1,10 +1,12 @@
 """The fields of a config, and the checks that several configs share; importing this imports nothing heavy."""
 
+import re
 from dataclasses import field
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from prefopt import pocket
 from prefopt.errors import InputError
 
 # Of transformers' options, those that people use.
@@ -58,9 +60,31 @@ def check_interval(config: object, interval: str, *names: str) -> None:
 
 
 def check_paths_exist(config: object, *names: str) -> None:
-    """InputError if one of these options names a local path, not a hub id, and nothing is there."""
+    """InputError if one of these options names a local path, not a hub id, and nothing is there.
+
+    If something is there, the option of its revision is an InputError, see `check_revision`.
+    """
     for name in names:
         value = getattr(config, name) or ""
-        is_path = value.startswith((".", "/", "~")) or value.count("/") > 1
-        if is_path and not Path(value).exists():
+        if is_local_path(value) and not Path(value).exists():
             raise InputError(f"--{name}: there is no {value}")
+        of = re.sub(r"(_model)?_name(_or_path)?$", "", name)  # judge_model_name_or_path: judge_revision
+        for option in (f"{of}_revision", *(["revision"] if of == "model" else [])):
+            check_revision(
+                value, getattr(config, option, None), f"--{option} {getattr(config, option, None)}"
+            )
+
+
+def check_revision(name_or_path: str, revision: str | None, where: str) -> None:
+    """InputError for a revision of what is on this machine: only what is on the hub has revisions."""
+    if revision and (name_or_path == pocket.NAME or Path(name_or_path).exists()):
+        raise InputError(
+            f"{where}: {name_or_path} is on this machine and has no revisions, as what is on the hub has; "
+            "leave it out"
+        )
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a name is a local path for sure: no hub id, and no file of one, `org/name/x.safetensors`."""
+    is_file_of_hub_id = name.count("/") == 2 and name.endswith(".safetensors")
+    return name.startswith((".", "/", "~")) or (name.count("/") > 1 and not is_file_of_hub_id)

@@ -1,12 +1,13 @@
-"""Tables on disk: a folder's or a hub id's rows, with images as encoded bytes.
+"""Tables on disk: the rows of a folder, a file or a hub id, with images as encoded bytes.
 
-What the rows of a table of images mean is told in diffusion/tables.py, of conversations in vlm/formats.py.
+What the rows of a table of images mean is told in diffusion/formats.py, of conversations in vlm/formats.py.
 """
 
-import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from datasets import Dataset
@@ -16,50 +17,33 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from pyarrow import ArrowException
 
 from prefopt.errors import InputError
-from prefopt.files import content_key, file_state
-
-# A file that bears one of these in its name is not read as training data.
-HELD_OUT = ("validation", "valid", "val", "dev", "test", "eval")
-# JSON files of a dataset's folder that hold no rows of it.
-NO_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json", "BUILD.json")
-# Files that show a folder of images, which is no folder of JSON files.
-IMAGEFOLDER = ("metadata.csv", "metadata.jsonl")
+from prefopt.local_tables import folder_state, read_file, read_folder, table_folder
 
 
-def table_folder(source: str, config: str | None) -> str:
-    """The folder that a configuration names in a local folder, as `pairs` of a builder's; else `source`."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return source
-    tables = sorted({path.relative_to(folder).parts[0] for path in folder.glob("*/*.parquet")})
-    if config:
-        if not (folder / config).is_dir():
-            raise InputError(
-                f"--dataset_config {config}: {source} has no such sub-folder; its tables are "
-                f"{', '.join(tables) or 'none'}"
-            )
-        return str(folder / config)
-    if (folder / "BUILD.json").is_file():
-        raise InputError(
-            f"{source} holds several tables; name one with --dataset_config: {', '.join(tables) or 'none'}"
-        )
-    return source
+class Source(NamedTuple):
+    """The rows of a table, and where they are."""
+
+    rows: Dataset
+    name: str  # what errors call it: a folder, a file or a hub id, with the slice of it that was read
+    folders: tuple[Path, ...]  # that paths in cells start from, see `image_bytes`; none of a hub id
+
+    @property
+    def state(self) -> str:
+        """A hash that changes with any file in the folder."""
+        return folder_state(self.folders[0]) if self.folders else ""
 
 
-def load(source: str, *, split: str, config: str | None, revision: str | None) -> Dataset:
-    """A split of a saved dataset, a folder of Parquet, Arrow or images, or a hub id; images stay encoded."""
-    folder = Path(source)
-    if folder.is_dir():
-        try:
-            rows = _load_folder(folder, split)
-        except InputError:
-            raise
-        except (DatasetsError, OSError, ValueError, ArrowException) as error:
-            raise InputError(f"{source} cannot be read as a dataset: {error}") from error
-    elif folder.exists():
-        raise InputError(f"{source} is a file; name the folder that holds the dataset")
+def load(source: str, *, split: str, config: str | None, revision: str | None) -> Source:
+    """A split, or slices as `train[:500]`, of a local folder or file, or of a hub id; images stay encoded.
+
+    A folder holds Parquet, Arrow or images, one JSON, JSON Lines or CSV file for each split, a dataset that
+    was saved, or the tables of a builder, of which `config` names one.
+    """
+    if not Path(source).exists():
+        found = Source(_load_hub(source, split, config, revision), source, ())
     else:
-        rows = _load_hub(source, split, config, revision)
+        found = _load_local(source, split, config, revision)
+    rows = found.rows
     if len(rows) == 0:
         raise InputError(f"{source}: the split {split!r} has no rows")
     encoded: Any = datasets.Image(decode=False)
@@ -70,80 +54,72 @@ def load(source: str, *, split: str, config: str | None, revision: str | None) -
             feature.feature, datasets.Image
         ):
             rows = rows.cast_column(name, datasets.List(encoded))
-    return rows
+    return found._replace(rows=rows)
 
 
-def _load_folder(folder: Path, split: str) -> Dataset:
-    if (folder / "state.json").exists():
-        saved: Any = datasets.load_from_disk(str(folder))
-        return saved
-    if (folder / "dataset_dict.json").exists():
-        return _split(datasets.load_from_disk(str(folder)), folder, split)
-    for kind, pattern in (("parquet", "*.parquet"), ("arrow", "*.arrow")):
-        files = sorted(folder.rglob(pattern))
-        of_split = [path for path in files if _names(path.relative_to(folder), split)]
-        if not of_split and split == "train":  # a folder need not say that its files are for training
-            of_split = [
-                path for path in files if not any(_names(path.relative_to(folder), s) for s in HELD_OUT)
-            ]
-        if files and not of_split:
+def _load_local(source: str, split: str, config: str | None, revision: str | None) -> Source:
+    refuse_options(source, revision=revision)
+    place, places = table_folder(source, config), []
+
+    def read(name: str) -> Dataset:
+        rows, of = read_folder(place, name) if place.is_dir() else (read_file(place, name), place)
+        places.append(of)
+        return rows
+
+    try:
+        rows = read_split(split, read)
+    except InputError:
+        raise
+    except (DatasetsError, OSError, ValueError, ArrowException) as error:
+        raise InputError(f"{place} cannot be read as a dataset: {error.__cause__ or error}") from error
+    name = str(places[0] if len(places) == 1 else place) + (f", {split}" if is_sliced(split) else "")
+    folder = (place if place.is_dir() else place.parent).resolve()
+    # Where HPDv2 has the pictures of test.json: in test/. Of two splits they would bear the same names.
+    below = [folder / (split.partition("[")[0] if place.is_dir() else place.stem)] if len(places) == 1 else []
+    return Source(rows, name, (folder, *below))
+
+
+def refuse_options(source: str, **options: str | None) -> None:
+    """InputError for a `config` or `revision` of a dataset on this machine, which has none."""
+    for name, value in options.items():
+        if value:
             raise InputError(
-                f"{folder}: no {kind} file of a split {split!r}; there are {[path.name for path in files]}"
+                f"--dataset_{name} {value}: {source} is on this machine and has no {name}s, as a dataset of "
+                "the hub may; leave the option out"
             )
-        if files:
-            # The name is part of datasets' cache key, whose own clock is too coarse for a file's replacement.
-            name, paths = folder_state(folder)[:16], list(map(str, of_split))
-            return datasets.load_dataset(kind, name, data_files={split: paths}, split=split)
-    if any(path.is_file() for path in folder.rglob("*")):
-        found = datasets.load_dataset("imagefolder", folder_state(folder)[:16], data_dir=str(folder))
-        return _split(found, folder, split)
-    raise InputError(f"{folder} is empty: no Parquet, Arrow or image files in it")
 
 
-def json_file(folder: Path, split: str) -> Path | None:
-    """The JSON file of a split among those of a folder that has no other tables; None without such files.
-
-    A file bears the split's name as a word of its own; one that bears none is taken for training.
-    """
-    files = sorted(
-        path for end in ("json", "jsonl") for path in folder.glob(f"*.{end}") if path.name not in NO_ROWS
-    )
-    if not files or any(
-        path.suffix in (".parquet", ".arrow") or path.name in IMAGEFOLDER for path in folder.rglob("*")
-    ):
-        return None
-    words = {path: set(re.split(r"[^A-Za-z0-9]", path.stem)) for path in files}
-    named = [path for path in files if split in words[path]]
-    if not named and split == "train":
-        named = [path for path in files if not words[path].intersection(HELD_OUT)]
-    if len(named) != 1:
-        names = [path.name for path in named or files]
-        raise InputError(f"{folder}: one JSON file is to bear the split's name {split!r}; there are {names}")
-    return named[0]
+# Splits
 
 
-def folder_state(folder: Path) -> str:
-    """A hash that changes with any file below a folder, the pictures that cells name by path among them.
-
-    Files that datasets itself writes there, as its caches of a saved dataset, do not count.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_scratch(path.name))
-    return content_key(json.dumps([[str(path.relative_to(folder)), *file_state(path)] for path in files]))
+def is_sliced(split: str) -> bool:
+    """Whether a split's name is an instruction of datasets, such as `train[:10%]` or `train+test`."""
+    return bool(re.search(r"[\[+]", split))
 
 
-def _is_scratch(name: str) -> bool:
-    return bool(re.fullmatch(r"\..*|cache-.*\.arrow|tmp[^.]*", name))
+def read_split(split: str, read: Callable[[str], Dataset]) -> Dataset:
+    """The rows of a split or of slices of some; `read` returns the rows of a split by its name."""
+    if not is_sliced(split):
+        return read(split)
+    with _reporting_wrong_slices(split):
+        wanted = datasets.ReadInstruction.from_spec(split)
+    names = dict.fromkeys(part.splitname for part in wanted._relative_instructions)
+    rows = {name: read(name) for name in names}
+    with _reporting_wrong_slices(split):
+        parts = wanted.to_absolute({name: len(of) for name, of in rows.items()})
+    slices = [rows[part.splitname].select(range(part.from_, part.to) or []) for part in parts]
+    return datasets.concatenate_datasets(slices)
 
 
-def _names(path: Path, split: str) -> bool:
-    """Whether a path bears a split's name as a word of its own."""
-    return bool(re.search(rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z0-9])", path.as_posix()))
-
-
-def _split(found: Any, folder: Path, split: str) -> Dataset:
-    if split not in found:
-        raise InputError(f"{folder} has no split {split!r}; it has {sorted(found)}")
-    return found[split]
+@contextmanager
+def _reporting_wrong_slices(split: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(
+            f"the split {split!r} cannot be read: {error}. Write for example train[:500], train[500:] or "
+            "train[10%:20%]"
+        ) from error
 
 
 def _load_hub(source: str, split: str, config: str | None, revision: str | None) -> Dataset:
@@ -151,7 +127,8 @@ def _load_hub(source: str, split: str, config: str | None, revision: str | None)
         return datasets.load_dataset(source, config, split=split, revision=revision)
     except Exception as error:  # the hub's client raises dozens of types for 'not there'
         raise InputError(
-            f"no dataset {source!r}: no such folder here, and as a hub id it could not be loaded ({error})"
+            f"no dataset {source!r}: no such folder or file here, and as a hub id it could not be loaded "
+            f"({error})"
         ) from error
 
 
@@ -165,13 +142,14 @@ def image_bytes(image: dict | None, where: str, *folders: Path) -> bytes:
     """The encoded bytes of an image cell.
 
     A path in a cell is looked for in the first of `folders`, then in those below it that follow, and may not
-    leave the first. None, of a dataset from the hub, stands for the folders that downloads go to.
+    leave the first, but for the links of a snapshot in the hub's cache. None, of a dataset from the hub,
+    stands for the folders that downloads go to.
     """
     if image is None:
         raise InputError(f"{where} has no image; a pair has two")
     content, path = image.get("bytes"), image.get("path")
     if content is None and path:
-        homes = folders[:1] or (Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
+        homes = _homes(folders[0]) if folders else (Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
         files = [Path(folder, path).resolve() for folder in folders or homes[:1]]
         file = next((file for file in files if file.is_file()), files[0])
         if not any(file.is_relative_to(home.resolve()) for home in homes):
@@ -182,3 +160,9 @@ def image_bytes(image: dict | None, where: str, *folders: Path) -> bytes:
     if not content:
         raise InputError(f"{where} is an image of 0 bytes")
     return content
+
+
+def _homes(folder: Path) -> list[Path]:
+    """A folder, and where the links of a snapshot of the hub's lead to: REPOSITORY/snapshots/REVISION."""
+    snapshots = [parent for parent in folder.parents if parent.name == "snapshots"]
+    return [folder, *(parent.with_name("blobs") for parent in snapshots)]

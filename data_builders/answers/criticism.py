@@ -30,19 +30,28 @@ def critic_of(config: SelfCritiqueConfig, device: torch.device) -> Lazy[AnyCriti
     name, revision, adapter = config.critic
     if not config.critic_name_or_path:
         name = pocket.resolve(name, "llava")  # the model that answers, not the pocket's critic
-    templates = config.critic_templates or (TEXT if config.critic_writes else TYPED)
-    Templates.load(templates).words(PairCase([], "", "", "", "" if config.with_reference else None))
+    templates = _templates(config)
+    templates.words(PairCase([], "", "", "", "" if config.with_reference else None))
     return lazy_critic(
         name,
         revision,
         url=config.critic_url,
-        templates=templates,
+        templates=templates.folder,
         typed=not config.critic_writes,
         adapter=adapter,
         dtype=getattr(torch, config.dtype),
         device=device,
         batch_size=config.critic_batch_size,
     )
+
+
+def critic_question(config: SelfCritiqueConfig) -> str:
+    """The words in which the critic compares two answers, with the places of question and answers."""
+    return _templates(config).texts["compare_with_reference" if config.with_reference else "compare"]
+
+
+def _templates(config: SelfCritiqueConfig) -> Templates:
+    return Templates.load(config.critic_templates or (TEXT if config.critic_writes else TYPED))
 
 
 class CompareAnswers(ModelPass[AnyCritic]):

@@ -5,13 +5,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from data_builders.answers.config import SelfCritiqueConfig
+from data_builders.answers.criticism import critic_question
 from data_builders.answers.selection import is_consistent, longer, why_no_pair
 from data_builders.engine.stages import INVALID, NOT_SELECTED, Group, Pair
-from data_builders.export.card import fact_table, table_configs, write_about
+from data_builders.export.card import Card, plain, write_about
 from data_builders.export.summary import reasons
 from data_builders.export.tables import Export
 from prefopt.errors import InputError
 from prefopt.evaluation.words import percent
+from prefopt.files import public_name
 from prefopt.runs import versions
 
 
@@ -120,26 +122,10 @@ def _percent(share: float | None) -> str:
     return "none" if share is None else percent(share)
 
 
-CARD = """---
-configs:
-{configs}
----
-
-# Answers of {model}, compared by {critic}
-
-{facts}
-
-{answers} answers to each prompt of {source}, sampled at temperature {temperature} and top_p {top_p}
-with seed {seed}. The critic was asked in both orders which of two answers is better{reference}; the two
-probabilities were averaged. In a pair that mean is at least 0.5 + {margin} for the chosen answer{balance}.
-Pairs of a prompt by the rule `{pair_rule}`.
-
-| table | what it is |
-|---|---|
-{tables}
-
-BUILD.json has the settings, the identities of the models, and the versions.
-"""
+ABOUT = """{answers} answers to each prompt of {source}, sampled at temperature {temperature} and
+top_p {top_p} with seed {seed}. The critic was asked in both orders which of two answers is
+better{reference}; the two probabilities were averaged. In a pair that mean is at least 0.5 + {margin} for the
+chosen answer{balance}. Pairs of a prompt by the rule `{pair_rule}`."""
 
 
 def write_build(
@@ -173,22 +159,33 @@ def write_build(
     return f"{folder}: {said}; model calls of this run: {calls}"
 
 
-def card(config: SelfCritiqueConfig, summary: Summary, tables: Mapping[str, Export]) -> str:
-    """The README.md of a dataset: figures, and where its tables are."""
-    rows = {"pairs": summary.pairs, "candidates": summary.answers}
-    adapter = f" with {config.adapter}" if config.adapter else ""
+def card(config: SelfCritiqueConfig, summary: Summary, tables: Mapping[str, Export]) -> Card:
+    """The README.md of a dataset: figures, what the critic was asked, and where its tables are."""
     critic, _, critic_adapter = config.critic
-    return CARD.format(
-        configs=table_configs({name: ["train"] for name in tables if rows[name]}),
-        model=f"{config.model_name_or_path}{adapter}",
-        critic=f"{critic} with {critic_adapter}" if critic_adapter else critic,
-        facts=fact_table(summary.facts()),
-        source=f"{config.dataset_name} ({config.dataset_split})",
-        reference=", beside the table's own answer" if config.with_reference else "",
-        balance="; the chosen answer is the longer one in half of them" if config.balance_length else "",
-        tables="\n".join(f"| `{name}` | {export.about} |" for name, export in tables.items()),
-        **{
-            name: getattr(config, name)
-            for name in ("answers", "temperature", "top_p", "seed", "margin", "pair_rule")
-        },
+    model, critic = public_name(config.model_name_or_path), public_name(critic)
+    models = {
+        "answered": model,
+        "with the LoRA": config.adapter,
+        "compared the answers": critic,
+        "with its LoRA": critic_adapter,
+    }
+    return Card(
+        title=f"Answers of {model}, compared by {critic}",
+        about=ABOUT.format(
+            source=plain(f"{public_name(str(config.dataset_name))} ({config.dataset_split})"),
+            reference=", beside the table's own answer" if config.with_reference else "",
+            balance="; the chosen answer is the longer one in half of them" if config.balance_length else "",
+            **{
+                name: getattr(config, name)
+                for name in ("answers", "temperature", "top_p", "seed", "margin", "pair_rule")
+            },
+        ),
+        facts=summary.facts(),
+        models={name: public_name(model) for name, model in models.items() if model},
+        tables={name: export.about for name, export in tables.items()},
+        rows={"pairs": {"train": summary.pairs}, "candidates": {"train": summary.answers}},
+        tasks=["visual-question-answering", "image-text-to-text"],
+        license=config.license,
+        tags=["synthetic"],
+        questions={"What the critic was asked": critic_question(config)},
     )

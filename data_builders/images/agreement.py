@@ -21,7 +21,7 @@ from data_builders.engine.blocks import Images
 from data_builders.engine.passes import run_passes
 from data_builders.engine.stages import Group, Record
 from data_builders.engine.tables import CONSENSUS
-from data_builders.export.card import fact_table, table_configs, write_about
+from data_builders.export.card import Card, plain, public_words, write_about
 from data_builders.export.hub import push
 from data_builders.export.summary import reasons
 from data_builders.export.tables import Export
@@ -31,7 +31,7 @@ from prefopt.diffusion.tables import Table
 from prefopt.errors import InputError
 from prefopt.evaluation.stats import win_rate
 from prefopt.evaluation.words import percent
-from prefopt.files import content_key
+from prefopt.files import content_key, public_name
 from prefopt.images import open_image
 from prefopt.judges.questions import Judge
 from prefopt.judges.rubric import Rubric
@@ -255,12 +255,20 @@ class Consensus:
             "identity": {each.name: each.identity for each in self.passes},
             "versions": versions(),
         }
-        card = CARD.format(
-            source=self.table.source,
-            configs=table_configs({"pairs": ["train"]}),
-            facts=fact_table(facts),
-            judges=", ".join(f"`{name}`" for name in summary.judges),
-            **self.rule._asdict(),
+        judges = list(map(public_words, summary.judges))
+        card = Card(
+            title=f"Pairs of {public_name(self.table.source)} on which judges agree with the labels",
+            about=ABOUT.format(judges=", ".join(map(plain, judges)), **self.rule._asdict()),
+            facts=facts,
+            models={f"judge {number}": judge for number, judge in enumerate(judges, start=1)},
+            tables={"pairs": export.about},
+            rows={"pairs": {"train": summary.kept}},
+            tasks=["text-to-image"],
+            license=self.settings["license"],
+            questions={
+                f"What judge {number} was asked": judge.rubric.as_yaml()
+                for number, judge in enumerate(self.passes, start=1)
+            },
         )
         write_about(folder, build, card)
         said = f"{folder}: " + "; ".join(f"{name}: {fact}" for name, fact in facts.items())
@@ -289,18 +297,6 @@ class Consensus:
                     yield Group([row], [], [])
 
 
-CARD = """---
-configs:
-{configs}
----
-
-# Pairs of {source} on which judges agree with the labels
-
-{facts}
-
-The judges, in the order of `chosen_scores` and `rejected_scores`: {judges}. Kept are pairs of which the share
-of judges that prefer the chosen image, a tie being half a vote, is at least {min_agreement:g}. `p_chosen` is
-from the judges' {p_chosen}.
-
-BUILD.json has the settings, the identities of the models, and the versions.
-"""
+ABOUT = """The judges, in the order of `chosen_scores` and `rejected_scores`: {judges}. Kept are pairs of
+which the share of judges that prefer the chosen image, a tie being half a vote, is at least
+{min_agreement:g}. `p_chosen` is from the judges' {p_chosen}."""

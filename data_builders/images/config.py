@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from data_builders.export.config import HubOptions
 from data_builders.export.tables import EXPORTS
 from data_builders.images.selection import PairOptions, PairRule
 from prefopt import pocket
@@ -13,12 +14,12 @@ from prefopt.options import check_interval, check_paths_exist, option
 
 
 @dataclass
-class BuilderConfig(GenerationOptions):
+class BuilderConfig(HubOptions, GenerationOptions):
     """What generates and judges the candidates, what is selected, and what is written."""
 
     candidates: int = option(8, "Images per prompt.")
     seed: int = option(0, "The seeds of the images follow from it.")
-    adapter: str | None = option(None, "LoRA for that model: a folder or file.")
+    adapter: str | None = option(None, "LoRA for that model: a folder, a file or a hub id.")
     adapter_scale: float = option(1.0, "The LoRA's weight.")
     sources: list[str] = option(
         [],
@@ -71,11 +72,11 @@ class BuilderConfig(GenerationOptions):
     keep_resident: bool = option(
         False, "Keep all models loaded and finish block after block, where memory allows."
     )
-    push_to_hub: str | None = option(None, "Dataset id on the hub to upload to.")
     output_dir: str = option("data/images", "Folder for the dataset.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_hub()
         check_interval(self, "[1, inf)", "block_size", "shard_megabytes")
         check_interval(self, "[1, inf)", "judge_batch_size", "max_pairs_per_prompt")
         check_interval(self, "[0, inf)", "min_margin")
@@ -123,5 +124,5 @@ def parse_source(text: str, base: Generator) -> Generator:
     words = text.split()
     name = words.pop(0) if words and "=" not in words[0] else base.model
     if name != base.model:
-        base = replace(base, model=name, revision=None, adapter=None)
+        base = replace(base, model=name, revision=None, variant=None, adapter=None)
     return changed(base, words, f"--sources {text!r}")

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from data_builders.engine.passes import Pass, run_passes
 from data_builders.engine.stages import INVALID, Group, Record, is_valid
 from data_builders.engine.tables import IMAGES, Columns
-from data_builders.export.card import fact_table, table_configs, write_about
+from data_builders.export.card import Card, public_words, table, write_about
 from data_builders.export.hub import push
 from data_builders.export.summary import TABLE, reasons
 from data_builders.export.tables import Export
@@ -30,6 +30,7 @@ from data_builders.images.graded_passes import (
 from data_builders.images.real import RealImages
 from data_builders.prompts.captions import CAPTIONS, REAL, caption_images
 from prefopt.errors import InputError
+from prefopt.files import public_name
 from prefopt.runs import versions
 from prefopt.store import Ledger
 from prefopt.vlm.generate import Generated
@@ -239,29 +240,11 @@ class Summary:
         return {"rows": dict(sorted(self.left_out.items())), **invalid}
 
 
-CARD = """---
-configs:
-{configs}
----
-
-# Real images, and images that {model} generated from their captions
-
-{facts}
-
-| rank | source |
-|---|---|
-{sources}
+ABOUT = """{sources}
 
 Real images were resized to {side} x {side} pixels (LANCZOS, then the centre){vae}.
 All images are stored as lossless WebP. Splits are by real image. The prompt is the caption that a real image
-shares with those generated for it.
-
-| table | what it is |
-|---|---|
-{tables}
-
-BUILD.json has the settings, the identities of the models, and the versions.
-"""
+shares with those generated for it."""
 
 
 def write_build(
@@ -292,14 +275,22 @@ def write_build(
     return f"{folder}: {said}"
 
 
-def _card(config: Any, summary: Summary, counts: Mapping[str, Mapping[str, int]], side: int) -> str:
-    sources = [f"| {rank} | {text} |" for rank, text in enumerate([REAL, *reversed(config.sources)], start=1)]
-    return CARD.format(
-        configs=table_configs(counts),
-        model=config.model_name_or_path,
-        facts=fact_table(summary.facts()),
-        sources="\n".join(sources),
-        side=side,
-        vae=" and passed once through the model's VAE" if config.through_vae else "",
-        tables="\n".join(f"| `{name}` | {TABLES[name].about} |" for name in counts),
+def _card(config: Any, summary: Summary, counts: Mapping[str, Mapping[str, int]], side: int) -> Card:
+    sources = [REAL, *map(public_words, reversed(config.sources))]
+    model = public_name(config.model_name_or_path)
+    captioner = {"described the real images": public_name(config.captioner_model_name_or_path)}
+    return Card(
+        title=f"Real images, and images that {model} generated from their captions",
+        about=ABOUT.format(
+            sources=table({f"rank {rank}": source for rank, source in enumerate(sources, start=1)}),
+            side=side,
+            vae=" and passed once through the model's VAE" if config.through_vae else "",
+        ),
+        facts=summary.facts(),
+        models={"generated the images": model, **(captioner if config.described else {})},
+        tables={name: TABLES[name].about for name in counts},
+        rows=counts,
+        tasks=["text-to-image", "image-classification"],
+        license=config.license,
+        questions={"What was asked about each real image": config.question} if config.described else {},
     )

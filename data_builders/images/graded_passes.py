@@ -40,7 +40,7 @@ from data_builders.engine.stages import (
 from data_builders.images.generation import GenerateImages, candidate_seed, encode
 from data_builders.images.real import RealImages
 from data_builders.prompts.captions import REAL, Source
-from prefopt.diffusion.generator import MODEL_FILE, Generator, pipeline_folder
+from prefopt.diffusion.generator import MODEL_FILE, Generator
 from prefopt.diffusion.latents import prepare_image
 from prefopt.errors import InputError
 from prefopt.files import content_key
@@ -53,7 +53,7 @@ BROKEN, TOO_SMALL = "broken image", "smaller than the generated images"
 
 def native_side(generator: Generator) -> int:
     """The pixels of a side of the images that a model generates unless told otherwise."""
-    folder = pipeline_folder(generator.model, revision=generator.revision)
+    folder = generator.folder
     for name in ("unet", "transformer"):
         files = [folder / part / "config.json" for part in (name, "vae")]
         if all(file.is_file() for file in files):
@@ -65,7 +65,7 @@ def native_side(generator: Generator) -> int:
 
 def token_limit(generator: Generator) -> Callable[[str], bool]:
     """Whether each of a model's text encoders reads the whole of a text."""
-    folder = pipeline_folder(generator.model, revision=generator.revision)
+    folder = generator.folder
     parts = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
     tokenizers: list[Any] = [
         load_part(AutoTokenizer, folder / part, "tokenizer")
@@ -82,13 +82,14 @@ class Codec:
     """A generator's VAE: from pixels in [-1, 1] to what its decoder makes of their latents."""
 
     def __init__(self, generator: Generator, device: torch.device):
-        folder = pipeline_folder(generator.model, revision=generator.revision)
+        folder = generator.folder
         index: Any = DiffusionPipeline.load_config(folder)
         if "vae" not in index:
             raise InputError(
                 f"{generator.model} has no VAE to pass real images through; give --no_through_vae"
             )
-        vae = load_parts({"vae": index["vae"]}, folder, getattr(torch, generator.dtype))["vae"]
+        dtype = getattr(torch, generator.dtype)
+        vae = load_parts({"vae": index["vae"]}, folder, dtype, generator.variant)["vae"]
         # As pipelines do that generate in float16 with a VAE that overflows there.
         overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
         self.vae: Any = own_memory(vae.float() if overflows else vae).eval().to(device)

@@ -23,8 +23,9 @@ from data_builders.export.summary import reasons
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import content_key
+from prefopt.local_tables import folder_state, table_folder
 from prefopt.pocket.world import PHRASINGS, caption, render, train_scenes
-from prefopt.records import folder_state, load, table_folder
+from prefopt.records import load, read_split, refuse_options
 from prefopt.vlm.cells import encoded_images
 
 NO_IMAGE, DUPLICATE, NO_TEXT = "no image", "duplicate", "no text"
@@ -142,20 +143,21 @@ def _rows(
     source: str, split: str, config: str | None, revision: str | None, number: int | None, seed: int
 ) -> tuple[Dataset, str, Path | None]:
     if source == pocket.NAME:
-        return _pocket_rows(number or len(train_scenes()), seed), source, None
-    source = table_folder(source, config)
-    folder = Path(source).resolve() if Path(source).is_dir() else None
-    if folder and (shards := sorted(folder.rglob("*.tar"))):
-        if split != "train":
-            raise InputError(
-                f"{source}: shards have no split {split!r}; name the folder that holds its shards"
-            )
-        return _shard_rows(folder, shards), source, folder
-    return load(source, split=split, config=None if folder else config, revision=revision), source, folder
+        refuse_options(source, config=config, revision=revision)
+        rows = read_split(split, lambda name: _pocket_rows(name, number or len(train_scenes()), seed))
+        return rows, source, None
+    folder = table_folder(source, config).resolve()
+    if folder.is_dir() and (shards := sorted(folder.rglob("*.tar"))):
+        refuse_options(source, revision=revision)
+        return read_split(split, lambda name: _shard_rows(folder, shards, name)), str(folder), folder
+    found = load(source, split=split, config=config, revision=revision)
+    return found.rows, found.name, found.folders[0] if found.folders else None
 
 
-def _pocket_rows(number: int, seed: int) -> Dataset:
+def _pocket_rows(split: str, number: int, seed: int) -> Dataset:
     """Renders of training scenes with captions; each scene comes once before any comes again."""
+    if split != "train":
+        raise InputError(f"the pocket has no renders of a split {split!r}, those for training alone")
 
     def rows() -> Iterator[Record]:
         scenes = train_scenes()
@@ -171,8 +173,10 @@ def _pocket_rows(number: int, seed: int) -> Dataset:
     return Dataset.from_list(list(islice(rows(), number)), features=features)
 
 
-def _shard_rows(folder: Path, shards: list[Path]) -> Dataset:
+def _shard_rows(folder: Path, shards: list[Path], split: str) -> Dataset:
     """The samples of img2dataset's shards; of its other files, such as a Parquet file beside each, none."""
+    if split != "train":
+        raise InputError(f"{folder}: shards have no split {split!r}; name the folder that holds its shards")
     files = {"train": list(map(str, shards))}
     try:
         with _no_tensors_decoded():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from data_builders.engine.stages import INVALID, Record, is_valid
 from prefopt.diffusion.generator import Generator, changed
 from prefopt.errors import InputError
+from prefopt.options import is_local_path
 from prefopt.pocket.world import caption, parse
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 Caption = Literal["raw", "vlm", "prepared"]
 CAPTIONS: tuple[Caption, ...] = get_args(Caption)
 REAL = "real"  # in place of a source's name
-# The words of a source; not `revision`, whose VAE may be another one.
+# The words of a source; not `revision` and `variant`, whose VAE may be another one.
 WORDS = ("caption", "steps", "guidance", "adapter", "scale")
 
 
@@ -66,8 +67,8 @@ def _source(text: str, base: Generator) -> Source:
     generator = changed(base, [word for word in words if not word.startswith("caption=")], where)
     if generator.sampler.num_inference_steps < 1:
         raise InputError(f"{where}: steps is {generator.sampler.num_inference_steps}; it is 1 or more")
-    if generator.adapter and not Path(generator.adapter).exists():
-        raise InputError(f"{where}: there is no {generator.adapter}")
+    if (adapter := generator.adapter) and is_local_path(adapter) and not Path(adapter).exists():
+        raise InputError(f"{where}: there is no {adapter}")
     return Source(name, kind, generator)
 
 

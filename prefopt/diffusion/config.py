@@ -15,6 +15,7 @@ class ImageArguments:
     """The text-to-image model, and how images are read."""
 
     model_name_or_path: str = option("pocket", "A diffusers pipeline: a folder, a hub id, or `pocket`.")
+    variant: str | None = option(None, "Variant of that model's weights, such as fp16 (default: none).")
     resolution: int | None = option(
         None, "Pixels of a side after resizing and cropping (default: the model's own)."
     )

@@ -117,13 +117,22 @@ class Denoiser(nn.Module):
     # For the trainer
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """LoRA as `load_lora_weights` reads it, or all weights as `from_pretrained` reads a sub-folder."""
+        """LoRA as `load_lora_weights` reads it, or all weights as `from_pretrained` reads a sub-folder.
+
+        The scaling is part of the LoRA's tensors: see `lora.save_weights`.
+        """
+        save_weights(self.network, self.family.component, folder, self._own(state_dict), fold=True)
+
+    def save_weights(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """The same files, the LoRA's tensors as they are."""
+        save_weights(self.network, self.family.component, folder, self._own(state_dict))
+
+    def _own(self, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         state = self.state_dict() if state_dict is None else state_dict
-        own = {name: value for name, value in state.items() if name.startswith(f"{self.family.component}.")}
-        save_weights(self.network, self.family.component, folder, own)
+        return {name: value for name, value in state.items() if name.startswith(f"{self.family.component}.")}
 
     def load_weights(self, folder: str | Path) -> None:
-        """Load what `save_pretrained` wrote, bit for bit; what does not fit is an InputError."""
+        """Load what `save_weights` wrote, bit for bit; what does not fit is an InputError."""
         load_weights(self.network, self.family.component, folder)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:

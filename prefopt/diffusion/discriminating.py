@@ -60,7 +60,7 @@ def train_discriminator(
 
     `revision` is that of the model that `images` names, whose latents are read.
     """
-    pipeline = load_pipeline(images.model_name_or_path, revision=revision)
+    pipeline = load_pipeline(images.model_name_or_path, revision=revision, variant=images.variant)
     family = family_of(pipeline)
     encoder, chances = encoder_of(config, images, pipeline, family), chances_of(config, images)
     examples, held_out = (encode_candidates(encoder, table, **chances) for table in tables)
@@ -74,6 +74,7 @@ def train_discriminator(
         latents=latents_identity(pipeline, family),
         base_model=images.model_name_or_path,
         base_revision=revision,
+        base_variant=images.variant,
     )
     free(pipeline, family)
     trainer = PreferenceTrainer(

@@ -58,6 +58,7 @@ class Discriminator(ModelMixin, ConfigMixin):
         latents: str = "",
         base_model: str = "",
         base_revision: str | None = None,
+        base_variant: str | None = None,
         model_type: str = MODEL_TYPE,
     ):
         super().__init__()
@@ -92,8 +93,10 @@ class Discriminator(ModelMixin, ConfigMixin):
         state = self.state_dict() if state_dict is None else state_dict
         save_file({name: value.contiguous() for name, value in state.items()}, Path(folder, WEIGHTS_FILE))
 
+    save_weights = save_pretrained
+
     def load_weights(self, folder: str | Path) -> None:
-        """Load what `save_pretrained` wrote, bit for bit; what does not fit is an InputError."""
+        """Load what `save_weights` wrote, bit for bit; what does not fit is an InputError."""
         try:
             self.load_state_dict(load_file(Path(folder, WEIGHTS_FILE)))
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -236,6 +239,14 @@ class DiscriminatedDenoiser(Denoiser):
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """As the denoiser's, and an adversarial discriminator beside it."""
         super().save_pretrained(folder, state_dict)
+        self._save_discriminator(folder, state_dict)
+
+    def save_weights(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """The same, bit for bit."""
+        super().save_weights(folder, state_dict)
+        self._save_discriminator(folder, state_dict)
+
+    def _save_discriminator(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None) -> None:
         if self.adversarial:
             prefix, state = "discriminator.", self.state_dict() if state_dict is None else state_dict
             own = {
@@ -244,7 +255,7 @@ class DiscriminatedDenoiser(Denoiser):
             self.discriminator.save_pretrained(Path(folder, FOLDER), own)
 
     def load_weights(self, folder: str | Path) -> None:
-        """Load what `save_pretrained` wrote, bit for bit."""
+        """Load what `save_weights` wrote, bit for bit."""
         super().load_weights(folder)
         if self.adversarial:
             self.discriminator.load_weights(Path(folder, FOLDER))

@@ -1,7 +1,7 @@
 """Formats of tables of images: what each row says of its images.
 
 A format is recognised by its columns, beside those of the prompt: of these whose columns are all there, the
-one with the most.
+one with the most. An image is stored in its cell, or is a path that starts in the folder of the table.
 
 | columns                                    | format                                                        |
 |--------------------------------------------|---------------------------------------------------------------|
@@ -9,8 +9,9 @@ one with the most.
 | images, ranks                              | ranked lists, 1 = best, equal = tie                           |
 | jpg_0, jpg_1, label_0, label_1             | Pick-a-Pic                                                    |
 | image1, image2, votes_image1, votes_image2 | votes: p_chosen is the winner's share                         |
-| image_path, rank; or human_preference      | HPDv2: lists of files with their ranks, or the preferred of 2 |
-| image, rank, prompt_id                     | ImageReward: a row for each image of a prompt                 |
+| image_path, rank                           | HPDv2: lists of files with their ranks                        |
+| image_path or file_path, human_preference  | HPDv2: two files, and which of them is preferred              |
+| image or image_path, rank, prompt_id       | ImageReward: a row for each image of a prompt                 |
 | image                                      | images to imitate; an imagefolder calls the prompt `text`     |
 
 Open-image-preferences is a `pairs` table as it stands.
@@ -101,24 +102,32 @@ def _votes(row: Mapping[str, Any], where: str) -> Order:
     return Order(("image1", "image2"), (-votes[0], -votes[1]), p_chosen, "" if total else "no votes")
 
 
-def _hpdv2(row: Mapping[str, Any], where: str) -> Order:
-    if row.get("rank") is not None:
-        return _listed("image_path", "rank", row, where)
-    preferred = row.get("human_preference")
-    if preferred not in ([0, 1], [1, 0], [0, 0], [1, 1]):
-        raise InputError(
-            f"{where} has the human_preference {preferred!r}; it is 1 for a preferred image, else 0"
-        )
-    names = tuple(cells_of(row, ["image_path"]))
-    if len(names) != 2:
-        raise InputError(f"{where} has {len(names)} image_path, but a human_preference of 2")
-    return Order(names, (-preferred[0], -preferred[1]))
+def _hpdv2_ranks(row: Mapping[str, Any], where: str) -> Order:
+    return _listed("image_path", "rank", row, where)
 
 
-def _image_reward(row: Mapping[str, Any], where: str) -> Order:
-    if row["prompt_id"] is None:
-        raise InputError(f"{where} has no prompt_id, which tells the images of a prompt from others")
-    return Order(("image",), (_rank(row["rank"], where),))
+def _hpdv2_pair(column: str) -> Callable[[Mapping[str, Any], str], Order]:
+    def order(row: Mapping[str, Any], where: str) -> Order:
+        preferred = row["human_preference"]
+        if preferred not in ([0, 1], [1, 0], [0, 0], [1, 1]):
+            raise InputError(
+                f"{where} has the human_preference {preferred!r}; it is 1 for a preferred image, else 0"
+            )
+        names = tuple(cells_of(row, [column]))
+        if len(names) != 2:
+            raise InputError(f"{where} has {len(names)} {column}, but a human_preference of 2")
+        return Order(names, (-preferred[0], -preferred[1]))
+
+    return order
+
+
+def _image_reward(column: str) -> Callable[[Mapping[str, Any], str], Order]:
+    def order(row: Mapping[str, Any], where: str) -> Order:
+        if row["prompt_id"] is None:
+            raise InputError(f"{where} has no prompt_id, which tells the images of a prompt from others")
+        return Order((column,), (_rank(row["rank"], where),))
+
+    return order
 
 
 FORMATS = (
@@ -128,10 +137,37 @@ FORMATS = (
     Format(
         ("image1", "image2", "votes_image1", "votes_image2"), ("image1", "image2"), _votes, soft_labels=True
     ),
-    Format(("image_path", "rank"), ("image_path",), _hpdv2, lists=True),
-    Format(("image_path", "human_preference"), ("image_path",), _hpdv2, lists=True),
-    Format(("image", "rank", "prompt_id"), ("image",), _image_reward, group="prompt_id"),
+    Format(("image_path", "rank"), ("image_path",), _hpdv2_ranks, lists=True),
+    *(
+        Format((column, "human_preference"), (column,), _hpdv2_pair(column), lists=True)
+        for column in ("image_path", "file_path")
+    ),
+    *(
+        Format((column, "rank", "prompt_id"), (column,), _image_reward(column), group="prompt_id")
+        for column in ("image", "image_path")
+    ),
 )
+KNOWN = "; ".join(", ".join(form.columns) for form in FORMATS)
+
+
+def find_format(lists: Mapping[str, bool], where: str) -> Format:
+    """The format that a table's columns show; `lists` says of each column whether it holds lists.
+
+    InputError names what is missing to the nearest one.
+    """
+
+    def fits(form: Format) -> tuple[bool, bool, int]:
+        whole = lists.keys() >= set(form.columns)
+        alike = whole and lists[form.images[0]] == form.lists
+        return whole, alike, len(lists.keys() & set(form.columns))
+
+    form = max(FORMATS, key=fits)
+    if missing := [name for name in form.columns if name not in lists]:
+        raise InputError(
+            f"{where}: no column {' and no column '.join(map(repr, missing))}; its columns are "
+            f"{list(lists)}, and preferences need a prompt and one of: {KNOWN}"
+        )
+    return form
 
 
 def cells_of(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, dict | None]:
@@ -147,4 +183,4 @@ def cells_of(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, dict |
 
 
 def _cell(value: Any) -> dict | None:
-    return {"path": value} if isinstance(value, str) else value
+    return {"path": value} if isinstance(value, str) and value else value or None

@@ -11,15 +11,23 @@ from typing import Literal
 
 from prefopt import pocket
 from prefopt.errors import InputError
-from prefopt.files import file_key, files_key
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.files import file_key, named_files_key, used_variant, variant_of
+from prefopt.hub import adapter_place, files_at
+from prefopt.options import check_interval, check_paths_exist, check_revision, option
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 MODEL_FILE = "model_index.json"
 
 # What a text about a generator may change, and of which type it is.
-CHANGES = {"steps": int, "guidance": float, "adapter": str, "scale": float, "revision": str}
-_WEIGHT_FILES = (".json", ".safetensors", ".txt", ".model")
+CHANGES = {
+    "steps": int,
+    "guidance": float,
+    "adapter": str,
+    "scale": float,
+    "revision": str,
+    "variant": str,
+}
+_CONFIG_FILES = (".json", ".txt", ".model")
 
 
 @dataclass(frozen=True)
@@ -42,22 +50,20 @@ class Generator:
     revision: str | None = None
     dtype: str = "float32"
     sampler: Sampler = field(default_factory=Sampler)
+    variant: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The local folder of the model; a hub id is downloaded."""
+        return pipeline_folder(self.model, revision=self.revision, variant=self.variant)
 
     @property
     def weights(self) -> dict[str, str | float | None]:
         """SHA-256 of the model's files and of the adapter's, and the scale; at scale 0 those of the model."""
-        folder = pipeline_folder(self.model, revision=self.revision)
-        parts = [part for part in json.loads((folder / MODEL_FILE).read_text()) if (folder / part).is_dir()]
-        files = [
-            path
-            for part in parts
-            for path in sorted((folder / part).rglob("*"))
-            if path.suffix in _WEIGHT_FILES
-        ]
         adapter = file_key(adapter_file(self.adapter)) if self.adapter is not None else None
         counts = adapter is not None and self.adapter_scale != 0
         return {
-            "model": files_key(folder, [folder / MODEL_FILE, *files]),
+            "model": named_files_key(_loaded_files(self.folder, self.variant)),
             "adapter": adapter if counts else None,
             "scale": self.adapter_scale if counts else None,
         }
@@ -90,6 +96,7 @@ class GenerationOptions:
 
     model_name_or_path: str = option("pocket", "Text-to-image model: a folder, a hub id or `pocket`.")
     revision: str | None = option(None, "Revision of that model on the hub.")
+    variant: str | None = option(None, "Variant of that model's weights, such as fp16 (default: none).")
     num_inference_steps: int = option(30, "Denoising steps.")
     guidance_scale: float = option(3.0, "Classifier-free guidance; 1 is none.")
     height: int | None = option(None, "Pixels (default: the model's).")
@@ -108,7 +115,7 @@ class GenerationOptions:
     def generator(self) -> Generator:
         """The model with these settings, without an adapter."""
         sampler = Sampler(self.num_inference_steps, self.guidance_scale, self.height, self.width)
-        return Generator(self.model_name_or_path, None, 1.0, self.revision, self.dtype, sampler)
+        return Generator(self.model_name_or_path, None, 1.0, self.revision, self.dtype, sampler, self.variant)
 
 
 def changed(base: Generator, words: Sequence[str], where: str) -> Generator:
@@ -125,6 +132,7 @@ def changed(base: Generator, words: Sequence[str], where: str) -> Generator:
             values[key] = CHANGES[key](value)
         except ValueError as error:
             raise InputError(f"{where}: {key} is {value!r}, not a number") from error
+    check_revision(base.model, given.get("revision"), where)
     sampler = replace(
         base.sampler,
         num_inference_steps=values.get("steps", base.sampler.num_inference_steps),
@@ -134,17 +142,24 @@ def changed(base: Generator, words: Sequence[str], where: str) -> Generator:
         base,
         sampler=sampler,
         revision=values.get("revision", base.revision),
+        variant=values.get("variant", base.variant),
         adapter=values.get("adapter", base.adapter),
         adapter_scale=values.get("scale", base.adapter_scale),
     )
 
 
-def pipeline_folder(model_name_or_path: str | Path, *, revision: str | None = None) -> Path:
-    """The local folder of a pipeline: the folder named, the pocket's, or the download of a hub id."""
+def pipeline_folder(
+    model_name_or_path: str | Path, *, revision: str | None = None, variant: str | None = None
+) -> Path:
+    """The local folder of a pipeline: the folder named, the pocket's, or the download of a hub id.
+
+    InputError if it has no weights of this variant.
+    """
     name = pocket.resolve(str(model_name_or_path), "text_to_image")
     if Path(name).is_dir():
         if not (Path(name) / MODEL_FILE).is_file():
             raise InputError(f"{name} is no pipeline: it holds no {MODEL_FILE}")
+        _check_variant(Path(name), variant)
         return Path(name)
     if Path(name).is_absolute() or name.count("/") != 1:
         raise InputError(
@@ -153,22 +168,83 @@ def pipeline_folder(model_name_or_path: str | Path, *, revision: str | None = No
     from diffusers import DiffusionPipeline  # to download with; a folder needs no model library
 
     try:
-        return Path(DiffusionPipeline.download(name, revision=revision, use_safetensors=True))
+        return Path(
+            DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True)
+        )
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{name} is no folder here, and as a hub id it cannot be fetched: {error}"
+            f"{name} is no folder here, and as a hub id it cannot be fetched: {error}. If its weights are of "
+            "another variant, such as fp16, name it with --variant"
         ) from error
 
 
+def _parts(folder: Path) -> list[Path]:
+    """The folders of a pipeline's parts."""
+    try:
+        index = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder / MODEL_FILE} is no JSON: {error}; save the pipeline again") from error
+    return [folder / part for part in index if (folder / part).is_dir()]
+
+
+def _check_variant(folder: Path, variant: str | None) -> None:
+    """InputError if no part has weights of the variant, or a part has weights of other variants alone."""
+    parts = [part for part in _parts(folder) if part.name != "safety_checker"]  # which is never loaded
+    found = {part.name: {variant_of(file) for file in part.glob("*.safetensors")} for part in parts}
+    known = sorted({name for names in found.values() for name in names if name})
+    if variant is not None and variant not in known:
+        instead = f"name one of its own, {', '.join(known)}" if known else "leave out --variant"
+        raise InputError(f"{folder} has no weights of the variant {variant}: {instead}")
+    for part, names in found.items():
+        if names and not names & {None, variant}:
+            raise InputError(
+                f"the weights of {folder / part} are of the variant {' or '.join(sorted(map(str, names)))} "
+                f"alone: add --variant {min(map(str, names))}"
+            )
+
+
+def _loaded_files(folder: Path, variant: str | None) -> dict[str, Path]:
+    """The files of a pipeline that decide its images, by their names there without the variant.
+
+    Lists of shards are left out: the shards say the same.
+    """
+    files = {MODEL_FILE: folder / MODEL_FILE}
+    for part in _parts(folder):
+        used, named = used_variant(part, variant), {}
+        for path in part.rglob("*"):
+            is_weights = path.suffix == ".safetensors" and variant_of(path) == used
+            if is_weights or (path.suffix in _CONFIG_FILES and ".index." not in path.name):
+                name = str(path.relative_to(folder))
+                named[name.replace(f".{used}", "") if is_weights else name] = path
+        files |= {name: named[name] for name in sorted(named)}
+    return files
+
+
 def adapter_file(adapter: str | Path) -> Path:
-    """The safetensors file of an adapter that is named by its folder or by the file itself."""
-    path = Path(adapter)
-    if not path.exists():
-        raise InputError(f"no adapter {path}: it is neither a folder nor a file")
+    """The safetensors file of an adapter that is named by its folder, the file itself, or a hub id.
+
+    Of a folder, or a hub id, it is ADAPTER_FILE if that is there, else the only safetensors file.
+    """
+    path = adapter_place(adapter, ADAPTER_FILE)
     if path.is_dir():
-        path = path / ADAPTER_FILE
-    if not path.is_file():
-        raise InputError(f"no adapter in {path.parent}: it holds no {ADAPTER_FILE}")
+        standard = path / ADAPTER_FILE
+        path = standard if standard.is_file() else adapter_place(f"{adapter}/{_only_file(adapter)}")
     if path.suffix != ".safetensors":
         raise InputError(f"{path} is not safetensors; only safetensors adapters are read")
     return path
+
+
+def _only_file(adapter: str | Path) -> str:
+    """The name of the only safetensors file of a folder or hub id; InputError for none and for several."""
+    names = files_at(adapter)
+    if MODEL_FILE in names:
+        raise InputError(f"{adapter} is a whole pipeline, not an adapter: it holds {MODEL_FILE}")
+    found = [name for name in names if name.endswith(".safetensors")]
+    if not found:
+        raise InputError(f"no adapter in {adapter}: it holds no {ADAPTER_FILE} or other safetensors file")
+    if len(found) > 1:
+        raise InputError(
+            f"{adapter} holds {len(found)} safetensors files, {', '.join(found)}: name the right one, "
+            f"such as {adapter}/{found[0]}"
+        )
+    return found[0]

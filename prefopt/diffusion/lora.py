@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prefopt.adapters import POLICY, REFERENCE, adapter_layers, check_own_options, lora_config
+from prefopt.adapters import POLICY, REFERENCE, adapter_layers, apply_options, lora_config
 from prefopt.config import LoraArguments
 from prefopt.diffusion.generator import ADAPTER_FILE, adapter_file
 from prefopt.errors import InputError
@@ -33,7 +33,7 @@ def make_trainable(network: Any, pipeline: Any, options: LoraArguments, targets:
     """Give the network the adapter of the options: a fresh one, a trained one, or none: all weights train."""
     if options.adapter_name_or_path:
         start_from_lora(network, pipeline, options.adapter_name_or_path)
-        check_own_options(options, network, network.peft_config[POLICY])
+        apply_options(options, network)
     elif options.use_peft:
         add_lora(network, lora_config(options, list(targets)))
     else:
@@ -43,10 +43,11 @@ def make_trainable(network: Any, pipeline: Any, options: LoraArguments, targets:
 def start_from_lora(network: Any, pipeline: Any, adapter: str) -> None:
     """Continue training an adapter, its frozen copy the reference; one that does not fit is an InputError."""
     network.requires_grad_(False)
+    file = adapter_file(adapter)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # two are meant
         for name in (REFERENCE, POLICY):
-            load_adapter(pipeline, adapter_file(adapter), name)
+            load_adapter(pipeline, file, name)
     for name, part in pipeline.components.items():
         if part is not network and isinstance(part, nn.Module) and adapter_layers(part):
             raise InputError(f"the adapter {adapter} changes the {name}, too; only the denoiser's is trained")
@@ -75,8 +76,14 @@ def _upcast_trained(network: nn.Module) -> None:
 # Files
 
 
-def save_weights(network: Any, component: str, folder: str | Path, state_dict: Mapping[str, Tensor]) -> None:
-    """Write the network's LoRA, or, if it has none, all of its weights with its config in `component`/."""
+def save_weights(
+    network: Any, component: str, folder: str | Path, state_dict: Mapping[str, Tensor], *, fold: bool = False
+) -> None:
+    """Write the network's LoRA, or, if it has none, all of its weights with its config in `component`/.
+
+    With `fold` the LoRA's scaling, alpha / r or alpha / sqrt(r), is multiplied into each second factor, and
+    the metadata say alpha = r. Programs that know no metadata take alpha = r, too: so all compute the same.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name.removeprefix(f"{component}."): value for name, value in state_dict.items()}
@@ -87,12 +94,12 @@ def save_weights(network: Any, component: str, folder: str | Path, state_dict: M
         save_file(whole, folder / component / WEIGHTS_FILE, {"format": "pt"})
         return
     factors = get_peft_model_state_dict(network, state_dict=dict(state), adapter_name=POLICY)
-    # Without the metadata a reader takes alpha = r: the adapter is then wrong by the factor alpha / r.
-    # It is the only entry: safetensors writes several in an order of chance, and equal runs differ.
-    metadata = {
-        f"{component}.{k}": sorted(v) if isinstance(v, set) else v
-        for k, v in network.peft_config[POLICY].to_dict().items()
-    }
+    config = network.peft_config[POLICY].to_dict()
+    if fold:
+        factors |= _scaled(network, factors)
+        config |= {"lora_alpha": config["r"], "alpha_pattern": config["rank_pattern"], "use_rslora": False}
+    # The only entry: safetensors writes several in an order of chance, and equal runs differ.
+    metadata = {f"{component}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     save_file(
         {f"{component}.{name}": factor.contiguous() for name, factor in factors.items()},
         folder / ADAPTER_FILE,
@@ -101,6 +108,16 @@ def save_weights(network: Any, component: str, folder: str | Path, state_dict: M
     written = load_file(folder / ADAPTER_FILE)
     if len(written) != 2 * layers:
         raise RuntimeError(f"{folder / ADAPTER_FILE} holds {len(written)} tensors for {layers} layers")
+
+
+def _scaled(network: Any, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The second factor of each layer, times the layer's scaling."""
+    scaled, layers = {}, set(adapter_layers(network))
+    for name, module in network.named_modules():
+        if module in layers and module.scaling[POLICY] != 1:
+            second = f"{name.replace('_fsdp_wrapped_module.', '')}.lora_B.weight"
+            scaled[second] = factors[second] * module.scaling[POLICY]
+    return scaled
 
 
 def load_weights(network: Any, component: str, folder: str | Path) -> None:

@@ -27,6 +27,7 @@ def load_pipeline(
     model_name_or_path: str | Path,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Any:
@@ -34,9 +35,9 @@ def load_pipeline(
 
     Raises InputError for a model that is missing or damaged.
     """
-    folder = pipeline_folder(model_name_or_path, revision=revision)
+    folder = pipeline_folder(model_name_or_path, revision=revision, variant=variant)
     index: Any = DiffusionPipeline.load_config(folder)
-    parts = load_parts(index, folder, dtype)
+    parts = load_parts(index, folder, dtype, variant)
     if "safety_checker" in index:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     diffusers.utils.logging.disable_progress_bar()
@@ -55,17 +56,20 @@ def load_pipeline(
 def load_generator(generator: Generator, device: str | torch.device = "cpu") -> Any:
     """The pipeline of a generator, with its adapter at its scale; one that does not fit is an InputError."""
     file = adapter_file(generator.adapter) if generator.adapter is not None else None
-    dtype = getattr(torch, generator.dtype)
-    pipeline = load_pipeline(generator.model, revision=generator.revision, dtype=dtype)
+    pipeline = load_pipeline(
+        generator.model,
+        revision=generator.revision,
+        variant=generator.variant,
+        dtype=getattr(torch, generator.dtype),
+    )
     if file is not None:
         load_adapter(pipeline, file)
         set_adapter_scale(pipeline, generator.adapter_scale)
     return pipeline.to(device)
 
 
-def save_pipeline(model_name_or_path: str, revision: str | None, component: str, folder: Path) -> None:
-    """Put the other parts of a model beside its fully trained `component` in a folder: a whole pipeline."""
-    pipeline = load_pipeline(model_name_or_path, revision=revision)
+def save_pipeline(pipeline: Any, component: str, folder: Path) -> None:
+    """Put the other parts of a pipeline beside its fully trained `component` in a folder: a whole one."""
     kind = type(getattr(pipeline, component))
     setattr(pipeline, component, kind.from_pretrained(folder / component, use_safetensors=True))
     with reporting_write_errors(folder):

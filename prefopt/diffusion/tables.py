@@ -13,13 +13,12 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
-from datasets.exceptions import DatasetsError
 from pyarrow import ArrowException
 
-from prefopt.diffusion.formats import FORMATS, Format, Order, cells_of
+from prefopt.diffusion.formats import FORMATS, KNOWN, Format, Order, cells_of, find_format
 from prefopt.errors import InputError
 from prefopt.files import content_key
-from prefopt.records import folder_state, image_bytes, json_file, load, table_folder
+from prefopt.records import Source, image_bytes, load
 
 # `prompt` under the names that other collections give it.
 PROMPT_NAMES = ("prompt", "caption", "text")
@@ -47,8 +46,8 @@ class Table:
     it. The images stay where they are, encoded.
     """
 
-    source: str
-    split: str
+    source: str  # what errors call it
+    folders: tuple[Path, ...]  # that paths in cells start from
     rows: Dataset
     facts: Dataset
     dropped: Counter[str] = field(default_factory=Counter)
@@ -81,7 +80,7 @@ class Table:
         row, name = fact["rows"][candidate], fact["columns"][candidate]
         where = f"{self.source}: row {row}, column {name}"
         cell = cells_of(self.rows[row], [name.partition("[")[0]])[name]
-        return image_bytes(cell, where, *_folders(self.source, self.split)), where
+        return image_bytes(cell, where, *self.folders), where
 
     def images(self, index: int) -> list[bytes]:
         """The encoded images of the example `index`, best first."""
@@ -91,39 +90,31 @@ class Table:
 def read_preferences(
     source: str, *, split: str = "train", config: str | None = None, revision: str | None = None
 ) -> Table:
-    """Preferences of a local folder or a hub id, in any of the formats of formats.py: pairs, or ranked lists.
+    """Preferences of a local folder, a file or a hub id, in any of the formats of formats.py.
 
     Ties (a margin of 0, equal labels, votes or ranks) and the same image at two ranks are dropped with their
     reason; the same image twice at one rank counts once. A table of nothing but ties, a missing column or
     image, ranks that do not match the images and a prompt that is no text are an InputError.
     """
-    rows, source = _rows(source, split, config, revision)
-    names = set(rows.column_names)
-    form = max(FORMATS, key=lambda form: (names.issuperset(form.columns), len(names & set(form.columns))))
-    if missing := [name for name in form.columns if name not in names]:
-        others = "; ".join(", ".join(form.columns) for form in FORMATS)
-        raise InputError(
-            f"{source}: no column {' and no column '.join(map(repr, missing))}; its columns are "
-            f"{rows.column_names}, and preferences need a prompt and one of: {others}"
-        )
-    if "p_chosen" in rows.column_names and form is not FORMATS[0]:
-        raise InputError(f"{source} has the column p_chosen, which is for the columns chosen, rejected")
-    return _checked(rows, source, split, form)
+    return _preferences(load(source, split=split, config=config, revision=revision))
 
 
 def read_sft(
     source: str, *, split: str = "train", config: str | None = None, revision: str | None = None
 ) -> Table:
-    """Prompts with one image each, of a folder or a hub id; of pairs the chosen, of lists the best image."""
-    named, (rows, source) = source, _rows(source, split, config, revision)
-    names = set(rows.column_names)
+    """Prompts with one image each, of the same sources; of pairs the chosen, of lists the best image."""
+    found = load(source, split=split, config=config, revision=revision)
+    names = set(found.rows.column_names)
     column = next((name for name in ("image", "chosen") if name in names), None)
     if column and not {"rank", "prompt_id"} <= names:
         alone = Order((column,), (1,))
-        return _checked(rows, source, split, Format((column,), (column,), lambda row, where: alone))
-    if not any(set(form.columns) <= names for form in FORMATS):
-        raise InputError(f"{source}: no column 'image'; its columns are {rows.column_names}")
-    table = read_preferences(named, split=split, config=config, revision=revision)
+        return _checked(found, Format((column,), (column,), lambda row, where: alone))
+    if not any(names.issuperset(form.columns) for form in FORMATS):
+        raise InputError(
+            f"{found.name}: no column 'image'; its columns are {found.rows.column_names}, and it needs a "
+            f"prompt with an image, or one of: {KNOWN}"
+        )
+    table = _preferences(found)
 
     def best(fact: dict) -> dict:
         return {name: fact[name][:1] for name in ("rows", "columns", "sha256", "ranks")}
@@ -132,21 +123,17 @@ def read_sft(
     return table
 
 
-def _rows(source: str, split: str, config: str | None, revision: str | None) -> tuple[Dataset, str]:
-    source = table_folder(source, config)
-    file = json_file(Path(source), split) if Path(source).is_dir() else None
-    if file is None:
-        return load(source, split=split, config=config, revision=revision), source
-    try:
-        # As in records.load: the name is part of datasets' cache key.
-        name, files = folder_state(Path(source))[:16], {split: str(file)}
-        rows: Any = datasets.load_dataset("json", name, data_files=files, split=split)
-    except (DatasetsError, ValueError, ArrowException, StopIteration) as error:
-        raise InputError(f"{file} cannot be read as JSON: {str(error) or 'it is empty'}") from error
-    return rows, source
+def _preferences(found: Source) -> Table:
+    features = found.rows.features
+    lists = {name: _is_list(kind) for name, kind in features.items()}
+    form = find_format(lists, found.name)
+    if "p_chosen" in features and form is not FORMATS[0]:
+        raise InputError(f"{found.name} has the column p_chosen, which is for the columns chosen, rejected")
+    return _checked(found, form)
 
 
-def _checked(rows: Dataset, source: str, split: str, form: Format) -> Table:
+def _checked(found: Source, form: Format) -> Table:
+    rows, source, folders = found
     prompt = next((name for name in PROMPT_NAMES if name in rows.column_names), None)
     if prompt is None:
         raise InputError(
@@ -155,7 +142,6 @@ def _checked(rows: Dataset, source: str, split: str, form: Format) -> Table:
         )
     for name in form.images:
         rows = _as_images(rows, name, source, lists=form.lists)
-    folders = _folders(source, split)
 
     def check(row: dict, index: int, files: str) -> dict:  # `files` is for datasets' cache key
         where = f"{source}: row {index}"
@@ -163,7 +149,7 @@ def _checked(rows: Dataset, source: str, split: str, form: Format) -> Table:
             raise InputError(f"{where} has the prompt {row[prompt]!r}; a prompt is text")
         order, cells = form.order(row, where), cells_of(row, form.images)
         contents = [image_bytes(cells[name], f"{where}, column {name}", *folders) for name in order.columns]
-        found = {
+        checked = {
             "prompt": row[prompt],
             "rows": [index] * len(contents),
             "columns": order.columns,
@@ -172,12 +158,12 @@ def _checked(rows: Dataset, source: str, split: str, form: Format) -> Table:
             "p_chosen": order.p_chosen,
             "drop": order.drop,
         }
-        return {**found, "group": str(row[form.group])} if form.group else _in_order(found)
+        return {**checked, "group": str(row[form.group])} if form.group else _in_order(checked)
 
     facts = rows.map(
         check,
         with_indices=True,
-        fn_kwargs={"files": folder_state(Path(source)) if Path(source).is_dir() else ""},
+        fn_kwargs={"files": found.state},
         remove_columns=rows.column_names,
         features=_OF_ROWS if form.group else FACTS,
         desc=f"checking {source}",
@@ -190,7 +176,7 @@ def _checked(rows: Dataset, source: str, split: str, form: Format) -> Table:
     if not kept:
         raise InputError(f"{source}: none of its {len(facts)} rows can be used ({_reasons(dropped)})")
     soft_labels = form.soft_labels or "p_chosen" in rows.column_names
-    return Table(source, split, rows, facts.select(kept), dropped, soft_labels)
+    return Table(source, folders, rows, facts.select(kept), dropped, soft_labels)
 
 
 def _in_order(found: dict) -> dict:
@@ -234,7 +220,7 @@ def _examples(facts: Dataset, source: str) -> Iterator[dict]:
 
 def _as_images(rows: Dataset, name: str, source: str, *, lists: bool) -> Dataset:
     kind: Any = rows.features[name]
-    listed = isinstance(kind, datasets.List | datasets.LargeList)
+    listed = _is_list(kind)
     if listed != lists:
         wanted = "lists of images" if lists else "images"
         raise InputError(f"{source}: the column {name!r} holds no {wanted} ({kind})")
@@ -248,10 +234,8 @@ def _as_images(rows: Dataset, name: str, source: str, *, lists: bool) -> Dataset
         raise InputError(f"{source}: the column {name!r} holds no images ({error})") from error
 
 
-def _folders(source: str, split: str) -> list[Path]:
-    """The dataset's folder, and where HPDv2 has a split's files; none for a dataset from the hub."""
-    folder = Path(source).resolve()
-    return [folder, folder / split] if folder.is_dir() else []
+def _is_list(kind: Any) -> bool:
+    return isinstance(kind, datasets.List | datasets.LargeList)
 
 
 def _column(facts: Dataset, name: str) -> list:

@@ -90,7 +90,7 @@ def train(
     trainer.save_model()
     if not config.use_peft and trainer.is_world_process_zero():
         folder, component = Path(str(config.output_dir)), denoiser.family.component
-        save_pipeline(config.model_name_or_path, config.model_revision, component, folder)
+        save_pipeline(_base(config), component, folder)
     return trainer
 
 
@@ -102,8 +102,7 @@ def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> tuple[Any, Deno
     The first table is trained on: of it only the rows that the run reads are encoded, and the times of the
     others are not spread over its steps.
     """
-    dtype = getattr(torch, config.dtype)
-    pipeline = load_pipeline(config.model_name_or_path, revision=config.model_revision, dtype=dtype)
+    pipeline = _base(config, dtype=getattr(torch, config.dtype))
     denoiser = _denoiser(config, pipeline)
     torch.manual_seed(config.seed)  # a fresh adapter's random factor is the same on every process
     make_trainable(denoiser.network, pipeline, config, denoiser.family.lora_targets)
@@ -126,6 +125,13 @@ def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> tuple[Any, Deno
     else:
         free(pipeline, denoiser.family)
     return pipeline, denoiser, examples
+
+
+def _base(config: DiffusionConfig, **options: Any) -> Any:
+    """The pipeline that the options name, before training."""
+    return load_pipeline(
+        config.model_name_or_path, revision=config.model_revision, variant=config.variant, **options
+    )
 
 
 def encoder_of(config: PreferenceConfig, images: ImageArguments, pipeline: Any, family: Family) -> Encoder:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from prefopt.diffusion.generator import ADAPTER_FILE, CHANGES, MODEL_FILE, Generator, adapter_file, changed
 from prefopt.errors import InputError
+from prefopt.options import is_local_path
 
 ADAPTER_CONFIG = "adapter_config.json"  # of peft's format
 
@@ -47,7 +48,7 @@ def image_systems(
 ) -> dict[str, dict[str, Generator]]:
     """Text-to-image systems by name, each with its variants: its guidance scales, and a LoRA's scales.
 
-    A text is a name alone for `base`, or `name=folder` of a LoRA or a pipeline, and words for a sampler of
+    A text is a name alone for `base`, or `name=path` of a LoRA or a pipeline, and words for a sampler of
     its own, as `dpo=runs/dpo guidance=3 steps=50`; a folder that is neither is an InputError.
     """
     families: dict[str, dict[str, Generator]] = {}
@@ -62,7 +63,7 @@ def image_systems(
             if guidance is not None:
                 at = changed(base, [f"guidance={guidance}"], "--guidance_scales")
                 swept = f", guidance {guidance:g}"
-            for scaled, generator in _at_scales(at, path, text, lora_scales):
+            for scaled, generator in _at_scales(at, path, lora_scales):
                 label = f"{name}{scaled}{swept}"
                 if any(label in variants for variants in families.values()):
                     raise InputError(f"{label!r} is named twice among the systems; name each once")
@@ -70,23 +71,19 @@ def image_systems(
     return families
 
 
-def _at_scales(
-    base: Generator, path: str, text: str, lora_scales: Sequence[float]
-) -> list[tuple[str, Generator]]:
+def _at_scales(base: Generator, path: str, lora_scales: Sequence[float]) -> list[tuple[str, Generator]]:
     """What a system's path makes of the base model, and how each is called: a LoRA at its scales."""
     folder = Path(path)
     if not path:
         return [("", base)]
-    if (folder / ADAPTER_FILE).is_file() or folder.suffix == ".safetensors":
-        adapter_file(path)
-        alone = list(lora_scales) == [1.0]
-        return [
-            ("" if alone else f" at {scale:g}", replace(base, adapter=path, adapter_scale=scale))
-            for scale in lora_scales
-        ]
-    if (folder / MODEL_FILE).is_file():
-        return [("", replace(base, model=path, revision=None))]
-    raise InputError(f"--systems {text}: {path} holds neither {ADAPTER_FILE} nor {MODEL_FILE}")
+    if (folder / MODEL_FILE).is_file() and not (folder / ADAPTER_FILE).is_file():
+        return [("", replace(base, model=path, revision=None, variant=None))]
+    adapter_file(path)  # which says what is wrong with it
+    alone = list(lora_scales) == [1.0]
+    return [
+        ("" if alone else f" at {scale:g}", replace(base, adapter=path, adapter_scale=scale))
+        for scale in lora_scales
+    ]
 
 
 @dataclass(frozen=True)
@@ -108,16 +105,18 @@ class VlmSystem:
 def vlm_systems(texts: Sequence[str], base: VlmSystem) -> dict[str, VlmSystem]:
     """Systems by name, from texts such as `sft=runs/vlm_sft`; a name without a path is the base model.
 
-    A path is the folder of an adapter or of a whole model; one that is neither is an InputError.
+    A path is the folder of an adapter or of a whole model, or an adapter's hub id; one that is neither is an
+    InputError.
     """
     named = [parse_system(text) for text in texts]
     check_each_once("systems", [system.name for system in named], least=2)
-    return {system.name: _at(Path(system.path), base) if system.path else base for system in named}
+    return {system.name: _at(system.path, base) if system.path else base for system in named}
 
 
-def _at(folder: Path, base: VlmSystem) -> VlmSystem:
-    if (folder / ADAPTER_CONFIG).is_file():
-        return replace(base, adapter=str(folder))
+def _at(path: str, base: VlmSystem) -> VlmSystem:
+    folder = Path(path)
+    if (folder / ADAPTER_CONFIG).is_file() or not (folder.exists() or is_local_path(path)):
+        return replace(base, adapter=path)
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return replace(base, model=str(folder), revision=None)
     inside = f"; name {folder / 'model'}" if (folder / "model" / "config.json").is_file() else ""

@@ -33,7 +33,9 @@ class DiscriminatorScorer:
     ):
         name = model_name_or_path
         config: Any = load_discriminator(name, revision=revision).config
-        self.pipeline = load_pipeline(config["base_model"], revision=config["base_revision"])
+        self.pipeline = load_pipeline(
+            config["base_model"], revision=config["base_revision"], variant=config["base_variant"]
+        )
         model: Any = load_discriminator(name, self.pipeline, revision)
         self.model = model.eval().to(device)
         self.family, self.batch_size = family_of(self.pipeline), batch_size

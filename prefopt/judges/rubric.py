@@ -9,7 +9,7 @@ images is what it has to say, and tanh is flat where its rewards lie (judges/rew
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from graphlib import CycleError, TopologicalSorter
 from math import tanh
 from pathlib import Path
@@ -91,6 +91,17 @@ class Rubric:
         return cls(
             path.stem, tuple(_item(entry, f"{path}, question {i + 1}") for i, entry in enumerate(entries))
         )
+
+    def as_yaml(self) -> str:
+        """The rubric as the text of a file that `load` reads."""
+        entries = []
+        for item in self.items:
+            # A weight is shown in any case, so that a reader sees what counts.
+            given = {f.name: getattr(item, f.name) for f in fields(item)}
+            shown = {f.name: given[f.name] for f in fields(item) if given[f.name] != f.default}
+            needs = {"needs": list(item.needs)} if item.needs else {}
+            entries.append({**shown, "weight": item.weight, **needs})
+        return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=100)
 
     def weighed(self, weights: Sequence[str]) -> Self:
         """The rubric with other weights, as `whole_prompt=4`; InputError for what it has no question of."""

@@ -20,7 +20,9 @@ class VlmConfig(RecipeConfig):
         None, "eager, sdpa, flash_attention_2, ... (default: the best there is)."
     )
     dataset_name: str | None = option(
-        None, "Prompts about images with answers, or pairs of answers: a folder or a hub id."
+        None,
+        "Prompts about images with answers, or pairs of answers: a folder, a file (.jsonl, .json, .csv, "
+        ".parquet) or a hub id.",
     )
     max_length: int | None = option(
         None, "Most tokens of prompt, images and completion: longer ones are cut (default: no limit)."

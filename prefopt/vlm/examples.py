@@ -8,6 +8,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,10 +18,10 @@ from PIL import Image
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import content_key
-from prefopt.records import check_p_chosen, json_file, load, table_folder
+from prefopt.records import check_p_chosen, load, read_split, refuse_options
 from prefopt.visits import VisitDataset
 from prefopt.vlm.cells import encoded_images, image_column, image_places, open_picture
-from prefopt.vlm.formats import UNREAD, Kind, find_format, read_json
+from prefopt.vlm.formats import UNREAD, Kind, find_format
 from prefopt.vlm.messages import PLACEHOLDER, check_completion, place_images, text_of
 
 BATCH = 128  # rows that are read at once, for their hashes with their encoded images
@@ -46,9 +47,17 @@ class VisionExamples(VisitDataset):
     of the rows that are kept.
     """
 
-    def __init__(self, rows: datasets.Dataset, source: str, kind: Kind, *, image_token: str = PLACEHOLDER):
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        source: str,
+        kind: Kind,
+        *,
+        folder: Path | None = None,
+        image_token: str = PLACEHOLDER,
+    ):
         self.source, self.kind, self.image_token = source, kind, image_token
-        self.folder = Path(source).resolve() if Path(source).is_dir() else None
+        self.folder = folder  # that paths in cells start from, and may not leave
         self.format = find_format(rows.column_names, kind, source)
         self.column = image_column(rows, source)
         self.soft_labels = kind == "pairs" and "p_chosen" in rows.column_names
@@ -195,19 +204,18 @@ def read_vision_examples(
     revision: str | None = None,
     image_token: str = PLACEHOLDER,
 ) -> VisionExamples:
-    """The examples of a local folder or a hub id, in any format of `prefopt.vlm.formats`.
+    """The examples of a local folder or file or a hub id, in any format of `prefopt.vlm.formats`.
 
-    A folder may hold a .json or .jsonl file for each split instead of tables, with the pictures that it names
-    in the same folder or below. `pocket` has questions with answers, right ones or pairs, in the splits train
-    and test.
-    `image_token` is how the processor spells an image in text.
+    `pocket` has questions with answers, right ones or pairs, in the splits train and test. `image_token` is
+    how the processor spells an image in text.
     """
     if source == pocket.NAME:
-        return VisionExamples(_pocket_rows(kind, split), source, kind, image_token=image_token)
-    source = table_folder(source, config)
-    file = json_file(Path(source), split) if Path(source).is_dir() else None
-    rows = read_json(file) if file else load(source, split=split, config=config, revision=revision)
-    return VisionExamples(rows, source, kind, image_token=image_token)
+        refuse_options(source, config=config, revision=revision)
+        rows = read_split(split, partial(_pocket_rows, kind))
+        return VisionExamples(rows, source, kind, image_token=image_token)
+    found = load(source, split=split, config=config, revision=revision)
+    folder = found.folders[0] if found.folders else None
+    return VisionExamples(found.rows, found.name, kind, folder=folder, image_token=image_token)
 
 
 def _pocket_rows(kind: Kind, split: str) -> datasets.Dataset:

@@ -9,27 +9,27 @@ A format is recognised by its columns: the first of these whose columns are all 
 | question, chosen, rejected                  | RLAIF-V                                        | pairs, sft |
 | conversations or messages, chosen, rejected | LLaMA-Factory ShareGPT preference              | pairs, sft |
 | chosen, rejected                            | trl preference without a prompt: both sides    | pairs, sft |
-|                                             | are whole conversations that begin alike       |            |
+|                                             | are whole conversations, or texts, that begin  |            |
+|                                             | alike                                          |            |
 | prompt, completion                          | trl prompt and completion                      | sft        |
 | messages                                    | trl or LLaMA-Factory conversation              | sft        |
 | conversations                               | LLaVA, LLaVA-OneVision, LLaMA-Factory ShareGPT | sft        |
 
 A pair read as sft is its prompt and its chosen side. All that comes before the first answer of a conversation
-is the prompt. A message is {role, content} or {from, value}, and a text alone is one message; `conversations`
-and `messages` may have a column `system` beside them.
+is the prompt. Without a prompt, that is what chosen and rejected have in common: the messages with which both
+begin; or of two texts the characters, without a space at the end, also those of a word that only begins alike
+(as in trl). A prompt that is text is not read beside whole conversations, which begin with it. A message is
+{role, content} or {from, value}, and a text alone is one message; `conversations` and `messages` may have a
+column `system` beside them.
 
 In what the system and the user say, `<image>` or the processor's own image token is the place of an image.
 Where a prompt has no such place, its images go before its first user turn, as in trl.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, Literal, NamedTuple
-
-import datasets
 
 from prefopt.errors import InputError
 from prefopt.vlm.messages import messages_of
@@ -84,28 +84,41 @@ def find_format(columns: Sequence[str], kind: Kind, source: str) -> Format:
 
 
 def _pair(row: dict, columns: tuple[str, ...], where: str) -> Conversation:
+    if isinstance(row[columns[0]], str) and all(
+        isinstance(row[name], list) and len(row[name]) > 1 for name in columns[1:]
+    ):
+        return _pair_without_prompt(row, columns[1:], where)
     prompt = _with_system(row, messages_of(row[columns[0]], "user", f"{where}, {columns[0]}"), where)
     sides = [messages_of(row[name], "assistant", f"{where}, {name}") for name in columns[1:]]
     return Conversation(prompt, sides, columns)
 
 
-def _pair_of_conversations(row: dict, columns: tuple[str, ...], where: str) -> Conversation:
-    for name in columns:
-        if isinstance(row[name], str):
-            raise InputError(
-                f"{where}, {name} is {shortened(row[name])}; without a column 'prompt' it is to be a whole "
-                "conversation, a list of messages"
-            )
-    chosen, rejected = (messages_of(row[name], "user", f"{where}, {name}") for name in columns)
+def _pair_without_prompt(row: dict, columns: tuple[str, ...], where: str) -> Conversation:
+    texts = [isinstance(row[name], str) for name in columns]
+    if any(texts) and not all(texts):
+        raise InputError(
+            f"{where}: of chosen and rejected one is text and the other is not; without a column 'prompt' "
+            "both are to be whole texts, or whole conversations"
+        )
+    whole: list[Any] = [row[name] for name in columns]
+    if not all(texts):
+        whole = [messages_of(row[name], "user", f"{where}, {name}") for name in columns]
+    chosen, rejected = whole
     common = len(list(takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))))
     common = min(common, len(chosen) - 1, len(rejected) - 1)  # an answer is left, in a tie too
-    names = ("the common start of chosen and rejected", *columns)
-    if not common:
+    if all(texts) and common > 0 and chosen[common - 1] == " ":
+        common -= 1
+    if common < 1:
         raise InputError(
-            f"{where}: chosen and rejected begin with different messages; without a column 'prompt' "
-            "both are to begin with the prompt"
+            f"{where}: chosen and rejected begin with different {'texts' if all(texts) else 'messages'}; "
+            "without a column 'prompt' both are to begin with the prompt"
         )
-    return Conversation(chosen[:common], [chosen[common:], rejected[common:]], names)
+    parts = chosen[:common], chosen[common:], rejected[common:]
+    prompt, *sides = (
+        messages_of(part, role, where)
+        for part, role in zip(parts, ("user", "assistant", "assistant"), strict=True)
+    )
+    return Conversation(prompt, sides, ("the common start of chosen and rejected", *columns))
 
 
 def _prompt_and_completion(row: dict, columns: tuple[str, ...], where: str) -> Conversation:
@@ -138,48 +151,8 @@ FORMATS = (
     Format(("question", "chosen", "rejected"), "pairs", _pair),
     Format(("conversations", "chosen", "rejected"), "pairs", _pair),
     Format(("messages", "chosen", "rejected"), "pairs", _pair),
-    Format(("chosen", "rejected"), "pairs", _pair_of_conversations),
+    Format(("chosen", "rejected"), "pairs", _pair_without_prompt),
     Format(("prompt", "completion"), "sft", _prompt_and_completion),
     Format(("messages",), "sft", _whole_conversation),
     Format(("conversations",), "sft", _whole_conversation),
 )
-
-
-# JSON
-
-
-def read_json(file: Path) -> datasets.Dataset:
-    """The records of a .json list, or of the lines of a .jsonl: images as lists of paths, all else as JSON.
-
-    Arrow's own types would not do: in such files a key's values are of several types, or it comes late.
-    """
-    try:
-        with file.open(encoding="utf-8") as opened:
-            lines = file.suffix == ".jsonl"
-            records = [json.loads(line) for line in opened if line.strip()] if lines else json.load(opened)
-    except ValueError as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise InputError(f"{file} holds {shortened(records)}; it is to be a list of records")
-    if not records:
-        raise InputError(f"{file} holds no records")
-    columns: dict[str, list] = {name: [] for record in records for name in record}
-    paths = datasets.List(datasets.Value("string"))
-    types = {name: paths if name in ("image", "images") else datasets.Json() for name in columns}
-    for number, record in enumerate(records):
-        for name, values in columns.items():
-            value = record.get(name)
-            if types[name] is paths:
-                values.append(_paths(value, f"{file}: row {number}, {name}"))
-            else:
-                values.append(None if value is None else json.dumps(value))
-    return datasets.Dataset.from_dict(columns, datasets.Features(types))
-
-
-def _paths(value: Any, where: str) -> list[str]:
-    paths = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise InputError(
-            f"{where} is {shortened(value)}; it is to be the path of an image, or a list of them"
-        )
-    return paths

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 
 from prefopt import pocket
-from prefopt.adapters import POLICY, check_own_options
+from prefopt.adapters import apply_options
 from prefopt.errors import InputError
 from prefopt.objectives import Objective
 from prefopt.reference import frozen_copy
@@ -211,7 +211,7 @@ def to_train(model: PreTrainedModel, config: VlmConfig) -> nn.Module:
         return model
     if config.adapter_name_or_path:
         policy: Any = start_from_lora(model, config.adapter_name_or_path)
-        check_own_options(config, policy, policy.peft_config[POLICY])
+        apply_options(config, policy)
         return policy
     torch.manual_seed(config.seed)  # the adapter's random factor is the same on every process
     return add_lora(model, config)

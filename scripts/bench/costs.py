@@ -7,8 +7,8 @@ followed: what autograd keeps for the backward pass is counted tensor by tensor,
 torch's flop counter. Memory is weights, the adapter with its gradient and AdamW's two moments, what autograd
 keeps, the largest block that checkpointing computes again, and 1 GiB for CUDA. Seconds are multiplications
 over 40 % of the card's published peak in bfloat16 (RTX 4090: 165 TFLOPS; RTX 4080: 97). Attention is taken to
-keep queries, keys, values, output and one number a row, as fused kernels do; norms run in float32 and products
-in bfloat16, as under autocast.
+keep queries, keys, values, output and one number a row, as fused kernels do; norms run in float32 and
+products in bfloat16, as under autocast.
 """
 
 import argparse
@@ -110,9 +110,10 @@ def autocasting(name: str) -> Callable:
 def followed(kept: Kept):
     """Within, what autograd keeps is counted, and multiplications."""
     Attention.flops = 0
-    cast = ("group_norm", "layer_norm", "conv2d", "linear")
+    names = ("group_norm", "layer_norm", "conv2d", "linear")
+    cast: dict[str, Any] = {name: autocasting(name) for name in names}
     with (
-        patch.multiple(functional, **{name: autocasting(name) for name in cast}),
+        patch.multiple(functional, **cast),
         patch.object(functional, "scaled_dot_product_attention", attend),
         saved_tensors_hooks(kept.add, kept.add),
         FlopCounterMode(display=False) as counter,

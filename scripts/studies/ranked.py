@@ -176,7 +176,7 @@ class Study:
     def dev_prompts(self) -> Path:
         """Captions of training scenes that the build does not have."""
         path = self.folder / "dev.txt"
-        built = set(load(str(self.data / "ranked"), split="train", config=None, revision=None)["prompt"])
+        built = set(load(str(self.data / "ranked"), split="train", config=None, revision=None).rows["prompt"])
         texts = [text for text in pocket_captions(500) if text not in built]
         path.write_text("".join(f"{text}\n" for text in texts[:100]), encoding="utf-8")
         return path
@@ -184,7 +184,7 @@ class Study:
 
 def noisy_tables(pairs: Path) -> dict[str, Dataset]:
     """The pairs with the labels of voters who are each wrong with probability `WRONG`."""
-    rows: list[Any] = load(str(pairs), split="train", config=None, revision=None).to_list()
+    rows: list[Any] = load(str(pairs), split="train", config=None, revision=None).rows.to_list()
     right = np.random.default_rng(0).random((len(rows), VOTES)) >= WRONG
     names = ("prompt", "chosen", "rejected")
     features = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})

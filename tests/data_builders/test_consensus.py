@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from builds import build_of, calls, kept, kill_at, table
+from builds import build_of, calls, check_is_a_dataset, kept, kill_at, table
 from datasets import load_dataset
 from launching import launch, torchrun
 from pictures import cell, encoded, picture, png, write_pairs, write_ranked, write_table
@@ -149,6 +149,12 @@ def test_how_often_judges_agree_with_the_labels_and_with_each_other(whole, votes
     rate = figures["agreement_with_label"]["red"]["rate_without_ties"]
     for text in (said, card):
         assert f"{100 * rate:.1f}\N{NO-BREAK SPACE}% of " in text and f"192, {figures['kept']} kept" in text
+
+
+def test_the_pairs_that_are_kept_are_a_dataset_of_the_hub(whole, tmp_path):
+    check_is_a_dataset(whole, tmp_path / "copy", "pairs")
+    card = (whole / "README.md").read_text()
+    assert "| judge 1 | " in card and "## What judge 1 was asked" in card and "weight: 1.0" in card
 
 
 # One pair by hand

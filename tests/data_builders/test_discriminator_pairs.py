@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from builds import build_of, calls, contents, kept, kill_at
+from builds import build_of, calls, check_is_a_dataset, contents, header_of, kept, kill_at
 from launching import launch, torchrun
 from pictures import cell, encoded, picture, png, write_table
 from PIL import Image
@@ -367,8 +367,33 @@ def test_a_build_is_whole_and_says_what_it_left_out(workplace):
     card = (folder / "README.md").read_text()
     assert "| real images | 7 (left out: 1 aesthetic score too low, 1 broken image, 1 duplicate) |" in card
     assert (
-        "| 2 | prepared4 caption=prepared steps=4 |" in card and "passed once through the model's VAE" in card
+        "| rank 2 | prepared4 caption=prepared steps=4 |" in card
+        and "passed once through the model's VAE" in card
     )
+
+
+def test_real_images_by_path(tmp_path):
+    for seed in range(3):
+        (tmp_path / f"{seed}.png").write_bytes(png(seed))
+    lines = [json.dumps({"image": f"{seed}.png", "text": f"text {seed}"}) for seed in range(3)]
+    (tmp_path / "images.jsonl").write_text("\n".join(lines))
+    for source, split, seeds in (
+        (tmp_path, "train[1:]", [1, 2]),
+        (tmp_path / "images.jsonl", "train", [0, 1, 2]),
+    ):
+        real = read_real(str(source), Limits(), split=split)
+        assert [real.content(record["item"]) for record in real.records] == [png(seed) for seed in seeds]
+        assert [record["raw"] for record in real.records] == [f"text {seed}" for seed in seeds]
+    for options in ({"config": "x"}, {"revision": "x"}):
+        with pytest.raises(InputError, match="pocket is on this machine and has no"):
+            read_real("pocket", Limits(), **options)
+
+
+def test_a_build_is_a_dataset_of_the_hub(workplace, tmp_path):
+    check_is_a_dataset(workplace / "whole", tmp_path / "copy", "pairs")
+    assert header_of(workplace / "whole")["task_categories"] == ["text-to-image", "image-classification"]
+    card = (workplace / "whole" / "README.md").read_text()
+    assert "## What was asked about each real image\n\n```\n" in card
 
 
 def test_every_generated_image_has_its_own_caption_seed_and_steps(workplace):

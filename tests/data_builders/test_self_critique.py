@@ -9,7 +9,7 @@ from math import exp
 
 import pytest
 from browser import after
-from builds import build_of, calls, contents, kept, kill_at, table, texts_of
+from builds import build_of, calls, check_is_a_dataset, contents, header_of, kept, kill_at, table, texts_of
 from datasets import Dataset, load_dataset
 from servers import Scripted, chat
 from tiny_vlm import IMAGE_TOKENS, picture, tiny_judge, vision_pairs
@@ -151,6 +151,13 @@ def expected_p(row, first, second):
         return None
     straight, swapped = (answer.probabilities["the first answer"] for answer in answers)
     return 1 / (1 + (swapped / (1 - swapped) * (1 - straight) / straight) ** 0.5)
+
+
+def test_a_build_is_a_dataset_of_the_hub(whole, tmp_path):
+    check_is_a_dataset(whole, tmp_path / "copy", "pairs")
+    assert header_of(whole)["task_categories"] == ["visual-question-answering", "image-text-to-text"]
+    card = (whole / "README.md").read_text()
+    assert "## What the critic was asked\n\n```\n" in card and "{first}" in card and "{question}" in card
 
 
 def test_every_answer_is_in_the_table_with_its_comparison_or_its_reason(whole):

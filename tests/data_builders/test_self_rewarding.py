@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from builds import build_of, calls, contents
+from builds import build_of, calls, check_is_a_dataset, contents, header_of
 from datasets import load_dataset
 from launching import launch
 
@@ -127,6 +127,16 @@ def test_every_candidate_is_in_the_table_with_its_answers(whole):
         tops = [row for row in group if row["hard_score"] == max(r["hard_score"] for r in group)]
         (chosen,) = (row for row in group if row["selected"])
         assert chosen["confidence"] == max(row["confidence"] for row in tops)
+
+
+def test_a_build_is_a_dataset_of_the_hub(whole, tmp_path):
+    """Every export but the folder of pictures, which datasets reads by another loader than Parquet's."""
+    check_is_a_dataset(whole, tmp_path / "copy", "pairs")
+    names = [config["config_name"] for config in header_of(whole)["configs"]]
+    assert names == ["candidates", "sft", "pairs", "ranked", "pickapic"]
+    assert len(read_sft(str(tmp_path / "copy"), config="imagefolder")) == len(PROMPTS)
+    card = (whole / "README.md").read_text()
+    assert "## The rubric class_conditional\n\n```\n- name: realistic\n" in card and "| detector | " in card
 
 
 def test_the_exports_load_where_they_are_used(whole):

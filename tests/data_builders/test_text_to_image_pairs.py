@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from builds import build_of, calls
+from builds import build_of, calls, check_is_a_dataset, header_of
 from launching import torchrun
 from PIL import Image
 
@@ -265,6 +265,17 @@ def test_a_build_is_whole_and_says_what_it_did(workplace):
             scores = [r["soft_score"] for r in rows if r["prompt"] == row["prompt"]]
             assert (row["chosen_score"], row["rejected_score"]) == (max(scores), min(scores))
             assert row["margin"] == pytest.approx(max(scores) - min(scores), abs=1e-5)
+
+
+def test_a_build_is_a_dataset_of_the_hub(workplace, tmp_path):
+    folder = workplace / "whole"
+    check_is_a_dataset(folder, tmp_path / "copy", "pairs")
+    header, card = header_of(folder), (folder / "README.md").read_text()
+    assert header["license"] == "unknown" and header["size_categories"] == ["n<1K"]
+    assert header["task_categories"] == ["text-to-image"] and header["tags"][0] == "prefopt"
+    assert "Unknown: whoever publishes this dataset has to choose one" in card
+    assert "- name: preferred\n  polarity: positive\n  text: Is this a picture that a person" in card
+    assert str(workplace) not in card, "a card says nothing of the folders of who made it"
 
 
 def test_a_candidate_can_be_generated_again_alone(workplace):

@@ -298,7 +298,7 @@ def test_hpdv2_has_a_file_for_each_split(tmp_path):
     as_hpdv2(tmp_path, [ranked], "test", "test")
     assert seeds_of(read_preferences(str(tmp_path)), 0) == [0, 1]
     assert seeds_of(read_preferences(str(tmp_path), split="test"), 0) == [3, 2]
-    with pytest.raises(InputError, match=r"one JSON file is to bear the split's name 'validation'"):
+    with pytest.raises(InputError, match=r"one file is to bear the split's name 'validation'"):
         read_preferences(str(tmp_path), split="validation")
 
 
@@ -340,10 +340,10 @@ def test_a_json_file_replaced_with_its_old_time_is_read_anew(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[]", "cannot be read as JSON: .*no data"),
-        ("", "cannot be read as JSON: it is empty"),
-        ("{", "cannot be read as JSON: "),
-        ('["a", "b"]', "no column 'chosen'"),
+        ("[]", r"train\.json holds no records"),
+        ("", r"train\.json: line 1 is no JSON: Expecting value"),
+        ("{", r"train\.json: line 1 is no JSON: "),
+        ('["a", "b"]', r"train\.json: row 0 is 'a'; it is to be a record of named values"),
     ],
 )
 def test_a_json_file_without_rows_is_named(tmp_path, text, said):

@@ -282,16 +282,17 @@ def test_what_is_no_dataset(tmp_path):
     (tmp_path / "rowless").mkdir()
     rows.to_parquet(tmp_path / "rowless" / "train.parquet")
     for name, said in {
-        "empty": "is empty: no Parquet, Arrow or image files",
+        "empty": "is empty: no Parquet, Arrow, JSON, CSV or image files",
         "notes": "notes cannot be read as a dataset",
         "torn": "torn cannot be read as a dataset",
-        "torn/train.parquet": "is a file; name the folder",
+        "torn/train.parquet": r"train\.parquet cannot be read as a dataset",
+        "notes/README.txt": r"README\.txt is no table; those that can be read end with \.parquet, \.arrow",
         "rowless": "rowless cannot be read as a dataset: .*no data",
-        "missing": "no such folder here",
+        "missing": "no such folder or file here",
     }.items():
         with pytest.raises(InputError, match=said):
             read_preferences(str(tmp_path / name))
-    with pytest.raises(InputError, match="no dataset 'nobody/nothing': no such folder here"):
+    with pytest.raises(InputError, match="no dataset 'nobody/nothing': no such folder or file here"):
         read_preferences("nobody/nothing")
 
 

@@ -3,15 +3,19 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.parquet as pq
 import torch
+from huggingface_hub import metadata_load
 
 from prefopt import store
+from prefopt.records import load
 
 
 def build_of(folder: Path) -> dict[str, Any]:
@@ -37,6 +41,40 @@ def contents(folder: Path) -> dict[str, Any]:
         elif path.suffix == ".webp" or path.name == "metadata.jsonl":
             found[str(path.relative_to(folder))] = path.read_bytes()
     return found
+
+
+def header_of(folder: Path) -> dict[str, Any]:
+    """What the card of a build says to the hub and to datasets."""
+    found = metadata_load(folder / "README.md")
+    assert found is not None
+    return found
+
+
+def check_is_a_dataset(folder: Path, copy: Path, default: str) -> None:
+    """A build is read by datasets and by us, and a download of its upload as well: every table and split."""
+    header, counted = header_of(folder), build_of(folder)["rows"]
+    configs = {config["config_name"]: config for config in header["configs"]}
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("work", ".lock"))
+    (copy / ".gitattributes").write_text("*.parquet filter=lfs\n")
+    (copy / ".cache" / "huggingface").mkdir(parents=True)
+    (copy / ".cache" / "huggingface" / "README.md.metadata").write_text("0")
+    assert [name for name, config in configs.items() if config.get("default")] == [default]
+    for place in map(str, (folder, copy)):
+        for name, config in configs.items():
+            splits: Any = datasets.load_dataset(place, name)
+            assert set(splits) == {files["split"] for files in config["data_files"]}
+            count = counted[name]
+            assert {split: len(rows) for split, rows in splits.items()} == (
+                dict(count) if isinstance(count, dict) else {"train": count}
+            )
+            for split, rows in splits.items():
+                ours = load(place, split=split, config=name, revision=None).rows
+                assert len(ours) == len(rows) and ours.column_names == rows.column_names
+        by_default: Any = datasets.load_dataset(place, split="train")
+        assert by_default.column_names == datasets.load_dataset(place, default, split="train").column_names
+        found = load(place, split="train[:1]", config=None, revision=None)
+        assert found.name == f"{place}/{default}, train[:1]" and len(found.rows) == 1
+        assert found.rows.column_names == by_default.column_names
 
 
 def die_at_write(moment: int) -> None:

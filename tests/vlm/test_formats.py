@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, Features, Image, Json, List, Value
 from pictures import cell, picture, png, write_table
+from trl.data_utils import extract_prompt
 
 from prefopt.errors import InputError
 from prefopt.vlm.examples import VisionExamples, read_vision_examples
@@ -122,9 +123,53 @@ def test_conversations_that_are_no_pair_are_named(rejected: tuple, message: str)
         read([row | {"rejected": turns(*rejected, keys=CHAT)}], "pairs")
 
 
-def test_a_pair_without_its_prompt_is_named() -> None:
-    with pytest.raises(InputError, match="row 0, chosen is 'A cat\\.'; without a column 'prompt'"):
-        read([{"images": [picture(1)], "chosen": "A cat.", "rejected": "A dog."}], "pairs")
+@pytest.mark.parametrize(
+    "sides",
+    [
+        ("What is it? A cat.", "What is it? No cat."),
+        ("What is it?\nA cat.", "What is it?\nA dog."),
+        ("What is it? A cat.", "What is it? A cow."),
+        ("Say: yes", "Say: no"),
+    ],
+)
+def test_the_common_start_of_two_texts_is_the_prompt_as_in_trl(sides: tuple[str, str]) -> None:
+    row = dict(zip(("chosen", "rejected"), sides, strict=True))
+    example, expected = only([row | {"images": [picture(1)]}], "pairs"), extract_prompt(dict(row))
+    assert example["prompt"] == [said("user", expected["prompt"], images=1)]
+    assert example["completions"] == [[said("assistant", expected[name])] for name in row]
+
+
+def test_equal_texts_are_a_tie() -> None:
+    rows = [
+        {"images": [picture(1)], "chosen": "Is it? Yes.", "rejected": text}
+        for text in ("Is it? Yes.", "Is it? No.")
+    ]
+    examples = read(rows, "pairs")
+    assert examples.items == [1] and examples.dropped == {"tie": 1}
+    assert examples[0, 0]["prompt"] == [said("user", "Is it?", images=1)]
+
+
+def test_a_prompt_that_is_text_beside_whole_conversations_is_in_them() -> None:
+    """As in UltraFeedback, and in trl's own reading of it."""
+    row = PAIRS["trl without a prompt"] | {"prompt": "What is it?"}
+    assert only([row], "pairs")["prompt"] == [said("user", "What is it?", images=1)]
+    assert only([row], "pairs")["completions"] == ANSWERS
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "message"),
+    [
+        ("A cat.", "No cat.", "row 0: chosen and rejected begin with different texts; without a column"),
+        (" a cat.", " no cat.", "row 0: chosen and rejected begin with different texts"),
+        ("", "No cat.", "row 0: chosen and rejected begin with different texts"),
+        ("A cat.", None, "row 0: of chosen and rejected one is text and the other is not"),
+        ("A cat. ", "A cat. Yes.", "row 0, chosen is empty; a completion needs at least one word"),
+    ],
+)
+def test_texts_without_a_common_start_are_named(chosen: str, rejected: str | None, message: str) -> None:
+    rows = [{"images": [picture(1)], "chosen": chosen, "rejected": rejected}]
+    with pytest.raises(InputError, match=message):
+        read(rows, "pairs")
 
 
 # One completion
@@ -282,7 +327,7 @@ def test_a_llava_file_with_its_pictures_is_read(tmp_path: Path, name: str) -> No
     several["conversations"] = turns("<image>\n<image>\nThe same?", "No.\u2028Not quite.")
     folder = write_llava(tmp_path, [alone, llava(0), several], name)
     examples = read_vision_examples(folder, "sft")
-    assert str(examples) == f"{folder}: 3 rows"
+    assert str(examples) == f"{folder}/{name}: 3 rows"
     assert [examples[0, 0][part] for part in ("images", "prompt")] == [[], [said("user", "3")]]
     assert examples[0, 0]["completions"] == [[said("assistant", "4")]]
     assert examples[1, 0]["prompt"] == [said("user", "Question 0?", images=1)]
@@ -362,9 +407,9 @@ def test_a_split_has_a_file_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"id": 1', "cannot be read as JSON"),
+        ('[{"id": 1', r"llava\.json: line 1 is no JSON: Expecting ',' delimiter"),
         ('{"id": 1}', "holds {'id': 1}; it is to be a list of records"),
-        ("[1, 2]", r"holds \[1, 2\]; it is to be a list of records"),
+        ("[1, 2]", r"llava\.json: row 0 is 1; it is to be a record of named values"),
         ("[]", r"llava\.json holds no records"),
     ],
 )

@@ -13,6 +13,7 @@ from tiny_vlm import FAMILIES, PEFT_ON_TRANSFORMERS_5, picture, tiny_judge, tiny
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from prefopt.adapters import apply_options
 from prefopt.config import LoraArguments
 from prefopt.errors import InputError
 from prefopt.reference import adapters_off
@@ -50,6 +51,20 @@ def trained(model: PreTrainedModel, folder: Path) -> PeftModel:
             nn.init.normal_(parameter)
     policy.save_pretrained(folder)
     return policy.eval()
+
+
+def test_another_alpha_leaves_an_adapters_answers_as_they_are(llava: str, tmp_path: Path) -> None:
+    trained(load_vlm(llava)[0], tmp_path)
+    policy = start_from_lora(load_vlm(llava)[0], str(tmp_path)).eval()
+    ids = torch.arange(4, 9)[None]
+    before = policy(input_ids=ids).logits
+    apply_options(LoraArguments(adapter_name_or_path=str(tmp_path), lora_alpha=64), policy)
+    assert policy.peft_config["default"].lora_alpha == policy.peft_config["reference"].lora_alpha == 64
+    torch.testing.assert_close(policy(input_ids=ids).logits, before)
+    with adapters_off(policy):
+        torch.testing.assert_close(policy(input_ids=ids).logits, before)
+    with pytest.raises(InputError, match=r"--lora_dropout is 0.5, and the adapter .* has 0.0"):
+        apply_options(LoraArguments(adapter_name_or_path=str(tmp_path), lora_dropout=0.5), policy)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

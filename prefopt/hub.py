@@ -1,0 +1,52 @@
+"""Adapters by name, in whatever format: a folder, a file, a hub id, or a file of a hub id.
+
+Importing this imports no model library.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from prefopt.errors import InputError
+
+Found = TypeVar("Found")
+
+
+def adapter_place(adapter: str | Path, *files: str) -> Path:
+    """The folder or file of an adapter: the one named, or a download of a hub id, of these files alone.
+
+    `org/name/file.safetensors` names one file of a hub id. What is found neither here nor on the hub is an
+    InputError.
+    """
+    if Path(adapter).exists():
+        return Path(adapter)
+    import huggingface_hub
+
+    if file := re.fullmatch(r"([^/]+/[^/]+)/([^/]+\.safetensors)", str(adapter)):
+        return Path(_from_hub(adapter, lambda: huggingface_hub.hf_hub_download(file[1], file[2])))
+    name, patterns = str(adapter), list(files)
+    return Path(_from_hub(adapter, lambda: huggingface_hub.snapshot_download(name, allow_patterns=patterns)))
+
+
+def files_at(adapter: str | Path) -> list[str]:
+    """The names of the files in an adapter's folder, or at the top of its hub id; none of their folders."""
+    if Path(adapter).is_dir():
+        return sorted(path.name for path in Path(adapter).iterdir() if path.is_file())
+    import huggingface_hub
+
+    names = _from_hub(adapter, lambda: huggingface_hub.list_repo_files(str(adapter)))
+    return sorted(name for name in names if "/" not in name)
+
+
+def _from_hub(adapter: str | Path, call: Callable[[], Found]) -> Found:
+    from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError
+
+    try:
+        return call()
+    except (OSError, ValueError, EntryNotFoundError, RevisionResolutionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"no adapter {str(adapter)!r}: no such folder or file is here, and as a hub id it could not be "
+            f"loaded ({reason})"
+        ) from error

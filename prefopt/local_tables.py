@@ -1,0 +1,166 @@
+"""Tables in local folders and files: which files hold the rows of a split, and which table is the default."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from datasets import Dataset
+from huggingface_hub import metadata_load
+
+from prefopt.errors import InputError
+from prefopt.files import content_key, file_state
+from prefopt.record_files import SUFFIXES, read_records
+
+TABLES = (".parquet", ".arrow")
+# A file that bears one of these in its name is not read as training data.
+HELD_OUT = ("validation", "valid", "val", "dev", "test", "eval")
+# JSON files of a dataset's folder that hold no rows of it.
+NO_ROWS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json", "BUILD.json")
+# Files that show a folder of images, which is no folder of JSON files.
+IMAGEFOLDER = ("metadata.csv", "metadata.jsonl")
+_ONE_SPLIT = (
+    "the split 'train', not {!r}; name a folder that has both, or slices of this one, as train[:90%] and "
+    "train[90%:]"
+)
+
+
+def table_folder(source: str, config: str | None) -> Path:
+    """The sub-folder of a local folder that `config` names, as `pairs` of a builder's; else the folder.
+
+    Without `config` it is the default of the card, the README.md that the hub reads, too.
+    """
+    place = Path(source)
+    if place.name in IMAGEFOLDER and place.is_file():
+        place = place.parent
+    if not place.is_dir():
+        if config and place.exists():
+            raise InputError(f"--dataset_config {config}: {source} is one file; leave the option out")
+        return place
+    tables = ", ".join(_tables(place)) or "none"
+    named, default = _configurations(place)
+    name = config or default
+    if name and (place / name).is_dir():
+        return place / name
+    if name and named != [name]:
+        raise InputError(f"--dataset_config {name}: {source} has no such sub-folder; its tables are {tables}")
+    if not name and (len(named) > 1 or (place / "BUILD.json").is_file()):
+        raise InputError(f"{source} holds several tables; name one with --dataset_config: {tables}")
+    return place
+
+
+def _tables(folder: Path) -> list[str]:
+    names = {path.parent.name for path in folder.glob("*/*.parquet")}
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _configurations(folder: Path) -> tuple[list[str], str | None]:
+    """The configurations that the card of a folder names, and which is the default; none without a card."""
+    card = folder / "README.md"
+    try:
+        found = (metadata_load(card) if card.is_file() else None) or {}
+        configs = {entry["config_name"]: entry for entry in found.get("configs") or []}
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{card}: its lines between --- are no dataset card ({error}); mend or delete it"
+        ) from error
+    names = [name for name in configs if isinstance(name, str) and Path(name).name == name]
+    default = next((name for name in names if configs[name].get("default")), None)
+    return names, default or (names[0] if len(names) == 1 else None)
+
+
+def read_folder(folder: Path, split: str) -> tuple[Dataset, Path]:
+    """The rows of a split of a folder, and the folder or the file that holds them."""
+    if (folder / "state.json").exists():
+        saved: Any = datasets.load_from_disk(str(folder))
+        if split not in ("train", str(saved.split)):
+            raise InputError(f"{folder} is one saved table, whose rows are {_ONE_SPLIT.format(split)}")
+        return saved, folder
+    if (folder / "dataset_dict.json").exists():
+        return _named_split(datasets.load_from_disk(str(folder)), folder, split), folder
+    for suffix in TABLES:
+        if files := sorted(folder.rglob(f"*{suffix}")):
+            of_split = [path for path in files if _names(path.relative_to(folder), split)]
+            if not of_split and split == "train":  # a folder need not say that its files are for training
+                of_split = [
+                    path for path in files if not any(_names(path.relative_to(folder), s) for s in HELD_OUT)
+                ]
+            if not of_split:
+                raise InputError(
+                    f"{folder}: no {suffix[1:]} file of a split {split!r}; there are "
+                    f"{[path.name for path in files]}"
+                )
+            return _load_tables(of_split, split, folder_state(folder)), folder
+    if file := _record_file(folder, split):
+        return read_records(file), file
+    if any(path.is_file() for path in folder.rglob("*")):
+        found = datasets.load_dataset("imagefolder", folder_state(folder)[:16], data_dir=str(folder))
+        return _named_split(found, folder, split), folder
+    raise InputError(f"{folder} is empty: no Parquet, Arrow, JSON, CSV or image files in it")
+
+
+def read_file(file: Path, split: str) -> Dataset:
+    """The rows of a file; its only split is `train`, or one that its name bears."""
+    if split != "train" and split not in _words(file):
+        raise InputError(f"{file} is one file, whose rows are {_ONE_SPLIT.format(split)}")
+    if file.suffix in SUFFIXES:
+        return read_records(file)
+    if file.suffix not in TABLES:
+        raise InputError(
+            f"{file} is no table; those that can be read end with {', '.join((*TABLES, *SUFFIXES))}"
+        )
+    return _load_tables([file], split, content_key(json.dumps(file_state(file))))
+
+
+def _load_tables(files: list[Path], split: str, state: str) -> Dataset:
+    # The name is part of datasets' cache key, whose own clock is too coarse for a file's replacement.
+    kind, paths = files[0].suffix[1:], {split: list(map(str, files))}
+    rows: Any = datasets.load_dataset(kind, state[:16], data_files=paths, split=split)
+    return rows
+
+
+def _record_file(folder: Path, split: str) -> Path | None:
+    """The JSON or CSV file of a split in a folder that has no other tables; None without such files.
+
+    A file bears the split's name as a word of its own; one that bears none is taken for training.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name not in NO_ROWS)
+    if not files or any(path.name in IMAGEFOLDER for path in folder.rglob("*")):
+        return None
+    named = [path for path in files if split in _words(path)]
+    if not named and split == "train":
+        named = [path for path in files if not _words(path).intersection(HELD_OUT)]
+    if len(named) != 1:
+        names = [path.name for path in named or files]
+        raise InputError(f"{folder}: one file is to bear the split's name {split!r}; there are {names}")
+    return named[0]
+
+
+def _words(file: Path) -> set[str]:
+    return set(re.split(r"[^A-Za-z0-9]", file.stem))
+
+
+def folder_state(folder: Path) -> str:
+    """A hash that changes with any file below a folder, the pictures that cells name by path among them.
+
+    Files that datasets itself writes there, as its caches of a saved dataset, do not count.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_scratch(path.name))
+    return content_key(json.dumps([[str(path.relative_to(folder)), *file_state(path)] for path in files]))
+
+
+def _is_scratch(name: str) -> bool:
+    return bool(re.fullmatch(r"\..*|cache-.*\.arrow|tmp[^.]*", name))
+
+
+def _names(path: Path, split: str) -> bool:
+    """Whether a path bears a split's name as a word of its own."""
+    return bool(re.search(rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z0-9])", path.as_posix()))
+
+
+def _named_split(found: Any, folder: Path, split: str) -> Dataset:
+    if split not in found:
+        raise InputError(f"{folder} has no split {split!r}; it has {sorted(found)}")
+    return found[split]
