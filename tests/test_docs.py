@@ -81,7 +81,7 @@ def commands(page: Path) -> list[list[str]]:
     sentences = re.sub(r"^ {4}.*$", "", text, flags=re.M)
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", sentences)]
     found = []
-    for line in (part for line in lines for part in line.split(" && ")):
+    for line in (part for whole in lines for part in whole.split(" && ")):
         if COMMAND.match(line):
             words = [word for word in shlex.split(line, comments=True) if word != "..."]
             found.append(words[next(i for i, word in enumerate(words) if "=" not in word) :])
