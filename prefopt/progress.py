@@ -1,9 +1,12 @@
 """Progress bars: on a terminal a bar that moves, in a log file a line now and then."""
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
+from accelerate import PartialState
+from torch import Tensor
 from tqdm import tqdm
 
 SECONDS = 30  # between two lines in a log file
@@ -30,3 +33,32 @@ def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
     if not sys.stderr.isatty():
         options |= {"file": Lines(sys.stderr), "mininterval": SECONDS, "maxinterval": SECONDS, "ncols": 100}
     return tqdm(iterable, **options)
+
+
+class Encoding:
+    """Writes encodings to a TensorStore behind a bar; after the first ones it says what all will cost."""
+
+    def __init__(self, what: str, total: int, store: Any):
+        self.what, self.total, self.store = what, total, store
+        silent = total == 0 or not PartialState().is_local_main_process
+        self.bar = progress_bar(total=total, desc=f"encoding {what}", disable=silent)
+        self.start = time.monotonic()
+
+    def __enter__(self) -> "Encoding":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def write(self, entries: Mapping[str, Mapping[str, Tensor]], count: int) -> None:
+        """Store the encodings of `count` inputs."""
+        self.store.write(entries)
+        if self.bar.n == 0 and not self.bar.disable:
+            self._announce(entries, count)
+        self.bar.update(count)
+
+    def _announce(self, entries: Mapping[str, Mapping[str, Tensor]], count: int) -> None:
+        written = sum(tensor.nbytes for entry in entries.values() for tensor in entry.values())
+        size = tqdm.format_sizeof(written / count * self.total * PartialState().num_processes, "B")
+        left = tqdm.format_interval((time.monotonic() - self.start) / count * (self.total - count))
+        self.bar.write(f"{self.total} {self.what} to encode: about {left}, {size} in {self.store.folder}")

@@ -6,7 +6,6 @@ centre one: it is the same at every visit, so that it can be cached.
 """
 
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,14 +19,13 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from prefopt.diffusion.families import Family
 from prefopt.diffusion.tables import Table
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.images import open_image
-from prefopt.progress import progress_bar
+from prefopt.progress import Encoding
 from prefopt.store import TensorStore, tensors_key
 
 MIRRORED = "-mirrored"
@@ -108,7 +106,7 @@ class Encoder:
             return prepare_candidate(table, *places[key], self.resolution)
 
         batches = _batched(missing, self.batch_size)
-        with ThreadPoolExecutor(self.threads) as pool, _Encoding("images", len(missing), store) as told:
+        with ThreadPoolExecutor(self.threads) as pool, Encoding("images", len(missing), store) as told:
             for keys, images in zip(batches, _ahead(pool, prepare, batches), strict=True):
                 told.write(self._moments(keys, images, mirrored), len(keys))
         return _shared(store)
@@ -155,7 +153,7 @@ class Encoder:
         store = TensorStore(self.cache_dir / "prompts", identity)
         texts = {content_key(text): text for text in dict.fromkeys(["", *prompts])}
         missing = store.missing(_share(texts))
-        with _Encoding("prompts", len(missing), store) as told:
+        with Encoding("prompts", len(missing), store) as told:
             for keys in _batched(missing, self.batch_size):
                 values = {name: v.cpu() for name, v in self.embeddings([texts[key] for key in keys]).items()}
                 entries = {key: {name: v[i] for name, v in values.items()} for i, key in enumerate(keys)}
@@ -205,35 +203,6 @@ def _shared(store: TensorStore) -> TensorStore:
     PartialState().wait_for_everyone()
     store.refresh()
     return store
-
-
-class _Encoding:
-    """Writes encodings to a store, behind a progress bar; after the first ones it says what all will cost."""
-
-    def __init__(self, what: str, total: int, store: TensorStore):
-        self.what, self.total, self.store = what, total, store
-        silent = total == 0 or not PartialState().is_local_main_process
-        self.bar = progress_bar(total=total, desc=f"encoding {what}", disable=silent)
-        self.start = time.monotonic()
-
-    def __enter__(self) -> "_Encoding":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-    def write(self, entries: dict[str, dict[str, Tensor]], count: int) -> None:
-        """Store the encodings of `count` inputs."""
-        self.store.write(entries)
-        if self.bar.n == 0 and not self.bar.disable:
-            self._announce(entries, count)
-        self.bar.update(count)
-
-    def _announce(self, entries: dict[str, dict[str, Tensor]], count: int) -> None:
-        written = sum(tensor.nbytes for entry in entries.values() for tensor in entry.values())
-        size = tqdm.format_sizeof(written / count * self.total * PartialState().num_processes, "B")
-        left = tqdm.format_interval((time.monotonic() - self.start) / count * (self.total - count))
-        self.bar.write(f"{self.total} {self.what} to encode: about {left}, {size} in {self.store.folder}")
 
 
 def _ahead(

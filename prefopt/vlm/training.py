@@ -100,6 +100,7 @@ def trainer_of(
     """
     check_head(base.config)
     train_examples, by_image = split(config, examples)
+    groups = _groups(train_examples) if config.group_by_image else None
     frozen = objective.needs_reference and not config.use_peft and config.reference == "live"
     score = CompletionScore(frozen_vision=config.use_peft)
     collator = Collator(
@@ -111,14 +112,17 @@ def trainer_of(
     if config.vision_features == "cache":
         cache = Path(config.cache_dir or Path(str(config.output_dir), "cache"), "features")
         base.to(PartialState().device)  # pyright: ignore[reportArgumentType] (its decorator hides it)
-        collator.features = cache_features(
-            base,
-            examples,
-            collator.encode,
-            folder=cache,
-            batch_size=config.per_device_train_batch_size,
-            workers=config.dataloader_num_workers,
-        )
+        rows = config.first_rows(len(train_examples), groups)
+        read = train_examples if rows is None else train_examples.select(rows)
+        for part in (read, *([by_image] if by_image else [])):
+            collator.features = cache_features(
+                base,
+                part,
+                collator.encode,
+                folder=cache,
+                batch_size=config.per_device_train_batch_size,
+                workers=config.dataloader_num_workers,
+            )
     trainer = PreferenceTrainer(
         model,
         config,
@@ -131,7 +135,7 @@ def trainer_of(
         processing_class=processor,
         eval_dataset=held_out or by_image,
         reference_model=frozen_copy(model) if frozen else None,
-        groups=_groups(train_examples) if config.group_by_image else None,
+        groups=groups,
         about=about,
     )
     if trainer.is_fsdp_enabled:  # which has the tower's weights at hand in the model's own forward alone

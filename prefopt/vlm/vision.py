@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from prefopt.progress import progress_bar
+from prefopt.progress import Encoding
 from prefopt.store import TensorStore, tensors_key
 from prefopt.vlm.chat import Encoder
 from prefopt.vlm.models import language_model_name
@@ -90,16 +90,17 @@ def cache_features(
     ]
     entries: dict[str, Mapping[str, Tensor]] = {}
     loader = DataLoader(examples, batch_sampler=batches, num_workers=workers, collate_fn=_Prompts(encode))
-    for number, batch in enumerate(progress_bar(loader, desc="image features", unit="batch"), start=1):
-        sets = [{n: v.to(model.device) for n, v in images.items()} for _, images, _ in batch]
-        features = encode_images(model, sets, [count for *_, count in batch])
-        entries |= {
-            key: {name: value.cpu() for name, value in found.items()}
-            for (key, *_), found in zip(batch, features, strict=True)
-        }
-        if len(entries) >= SHARD or number == len(batches):
-            store.write(entries)
-            entries = {}
+    with Encoding("images", len(missing), store) as encoding:
+        for number, batch in enumerate(loader, start=1):
+            sets = [{n: v.to(model.device) for n, v in images.items()} for _, images, _ in batch]
+            features = encode_images(model, sets, [count for *_, count in batch])
+            entries |= {
+                key: {name: value.cpu() for name, value in found.items()}
+                for (key, *_), found in zip(batch, features, strict=True)
+            }
+            if len(entries) >= SHARD or number == len(batches):
+                encoding.write(entries, len(entries))
+                entries = {}
     state.wait_for_everyone()
     store.refresh()
     return store

@@ -200,6 +200,15 @@ def test_what_is_kept_changes_no_loss(setting: dict, tmp_path: Path, capsys) -> 
     assert len(list((tmp_path / "c" / "reference").iterdir())) == 2
 
 
+def test_only_the_images_that_a_short_run_reads_are_encoded(setting: dict, tmp_path: Path, capsys) -> None:
+    trainer = train(setting, tmp_path, max_steps=1, vision_features="cache")
+    keys = trainer.train_dataset.image_keys()
+    read = {keys[item] for item, _ in list(trainer._get_train_sampler())[:4]}
+    assert {key for key in keys if key in trainer.data_collator.features} == read
+    assert f"{len(read)} images to encode: about 00:00" in capsys.readouterr().out
+    assert len(read) < len(set(keys))
+
+
 def test_log_p_of_both_sides_is_logged_as_trl_does(setting: dict, tmp_path: Path) -> None:
     """Of a step over all examples, before any is trained on."""
     trainer = train(setting, tmp_path, max_steps=1, gradient_accumulation_steps=6)
