@@ -22,7 +22,6 @@ from typing import Any, NoReturn, TypeVar
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import psutil
-import torch
 from trl import TrlParser
 from yaml import YAMLError
 
@@ -110,9 +109,9 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
     first = int(os.environ.get("RANK", "0")) == 0
     try:
         check_launch()
+        config: Any = parse(config_class)
         if first and (advice := busy_machine()):
             print(advice, file=sys.stderr)
-        config: Any = parse(config_class)
         with exclusive_lock(Path(config.output_dir)) if first else nullcontext():
             if first:
                 print(f"{Path(sys.argv[0]).stem}: {_summary(config)}", file=sys.stderr, flush=True)
@@ -127,7 +126,11 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
 def busy_machine() -> str:
     """What to do about other programs on the same CPU, if there are any and nobody has chosen the threads."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load < cores or "OMP_NUM_THREADS" in os.environ or torch.accelerator.is_available():
+    if load < cores or "OMP_NUM_THREADS" in os.environ:
+        return ""
+    import torch
+
+    if torch.accelerator.is_available():
         return ""
     return (
         f"other programs use this machine (load {load:.1f} on {cores} cores): with OMP_NUM_THREADS=1 before "
