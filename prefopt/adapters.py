@@ -39,7 +39,7 @@ def apply_options(arguments: LoraArguments, model: Any) -> None:
     alpha = config.lora_alpha if arguments.lora_alpha is None else arguments.lora_alpha
     rslora = config.use_rslora if arguments.use_rslora is None else arguments.use_rslora
     if (alpha, rslora) != (config.lora_alpha, config.use_rslora):
-        for name in (POLICY, REFERENCE):  # both, so that they are rounded alike
+        for name in (POLICY, REFERENCE):  # both, so that they stay equal to the last bit
             _rescale(model, name, alpha, rslora)
     own = {"lora_r": config.r, **{name: getattr(config, name) for name in LORA if name != "lora_r"}}
     differing = {name: has for name, has in own.items() if getattr(arguments, name) not in (None, has)}
@@ -60,7 +60,8 @@ def _rescale(model: Any, name: str, alpha: int, rslora: bool) -> None:
         scaling = alpha / (math.sqrt(layer.r[name]) if rslora else layer.r[name])
         change = layer.scaling[name] / scaling
         if name in layer.lora_B:
-            layer.lora_B[name].weight.data.mul_(change)
+            for parameter in layer.lora_B[name].parameters():  # the bias, too, if there is one
+                parameter.data.mul_(change)
         else:
             layer.lora_embedding_B[name].data.mul_(change)
         layer.scaling[name], layer.lora_alpha[name] = scaling, alpha
@@ -71,6 +72,13 @@ def _rescale(model: Any, name: str, alpha: int, rslora: bool) -> None:
 def adapter_layers(model: nn.Module) -> list[Any]:
     """Every layer of the model that carries adapters."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def reference_scales(model: nn.Module) -> dict[str, float]:
+    """What the update of each layer's reference adapter is multiplied with; empty without such an adapter."""
+    named: Any = model.named_modules()
+    layers = [(name, module) for name, module in named if isinstance(module, BaseTunerLayer)]
+    return {name: layer.scaling[REFERENCE] for name, layer in layers if REFERENCE in layer.scaling}
 
 
 def adapter_folder(adapter: str) -> str:

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from prefopt.adapters import POLICY, REFERENCE, adapter_layers
+from prefopt.adapters import POLICY, REFERENCE, adapter_layers, reference_scales
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.progress import progress_bar
@@ -150,7 +150,11 @@ def cache_reference(
         for name, value in model.state_dict().items()
         if f".{POLICY}." not in name
     }
-    identity = {"reference weights": tensors_key(weights), "precision": precision}
+    identity = {
+        "reference weights": tensors_key(weights),
+        "reference adapter's scales": content_key(json.dumps(reference_scales(model), sort_keys=True)),
+        "precision": precision,
+    }
     for part in (model, loader.get("collate_fn")):
         if isinstance(part, Identified):
             identity = {**part.identity, **identity}

@@ -85,6 +85,7 @@ class PreferenceTrainer(CheckpointingTrainer):
         self._sums: dict[str, Tensor] = {}  # name -> (sum of values, sum of weights) since the last log
         kwargs.setdefault("data_collator", collate)
         train = by_visit(train_dataset, "train_dataset")
+        self._examples: Any = train  # those that are read now, for errors
         super().__init__(model, args, train_dataset=train, eval_dataset=_held_out(eval_dataset), **kwargs)
         # Our losses are means of a batch: the Trainer divides them by the accumulation.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
@@ -260,7 +261,7 @@ class PreferenceTrainer(CheckpointingTrainer):
         scored = self._scored(model, inputs)
         loss = self.objective(scored, reference, inputs)
         if not torch.isfinite(loss.losses).all():
-            raise not_finite(loss.losses, inputs, self.state.global_step + 1, self.train_dataset)
+            raise not_finite(loss.losses, inputs, self.state.global_step + 1, self._examples)
         self._record(inputs, scored.scores.detach(), loss)
         mean = loss.losses.mean()
         return (mean, {"scores": scored.scores}) if return_outputs else mean
@@ -356,13 +357,15 @@ class PreferenceTrainer(CheckpointingTrainer):
             with reporting_write_errors(self.metrics_file.path):
                 self.metrics_file.write({"step": self.state.global_step, **logs})
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; the training metrics gathered so far are kept apart from those of the evaluation."""
         training, self._sums = self._sums, {}
+        own: Any = self.eval_dataset
+        self._examples = own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or own
         try:
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, *args, **kwargs)
         finally:
-            self._sums = training
+            self._sums, self._examples = training, self.train_dataset
 
 
 def _held_out(dataset: Any) -> Any:

@@ -110,6 +110,13 @@ def collate(examples: Sequence[Any]) -> dict[str, Any]:
     A list of numbers counts as a tensor. Entries that cannot be stacked are an InputError with their name.
     """
     batch = {}
+    names = {name for example in examples for name in example}
+    for place, example in enumerate(examples):
+        if missing := sorted(names - example.keys()):
+            raise InputError(
+                f"example {example.get('item', place)} of a batch has no {missing[0]!r}, and others have: "
+                "give all examples the same entries"
+            )
     for name in examples[0]:
         try:
             batch[name] = default_collate([_as_tensor(example[name]) for example in examples])

@@ -304,6 +304,29 @@ def test_a_loss_that_is_not_finite_names_the_examples_or_the_rows(tmp_path, with
         run.train()
 
 
+def test_a_loss_that_is_not_finite_in_an_evaluation_names_its_example(tmp_path):
+    class Named(Plain):
+        def __init__(self, name, bad):
+            self.name, self.bad = name, bad
+
+        def __getitem__(self, index):
+            return example(torch.nan if index == self.bad else index)
+
+        def where(self, index):
+            return f"{self.name}: row {index}"
+
+    run = trainer(tmp_path, Named("train.jsonl", None), eval_dataset=Named("test.jsonl", 2))
+    with pytest.raises(InputError, match=r"not finite at step \d, for test\.jsonl: row 2 \(the batch"):
+        run.evaluate()
+
+
+def test_an_entry_that_some_examples_lack_is_named(tmp_path):
+    """Guards: soft labels that are left out where the first example of a batch has none."""
+    data = [example(0), {**example(1), "p_chosen": 0.75}]
+    with pytest.raises(InputError, match=r"example 0 of a batch has no 'p_chosen', and others have"):
+        trainer(tmp_path, data, options={"per_device_train_batch_size": 2}).train()
+
+
 # Saving
 
 

@@ -14,7 +14,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from prefopt.adapters import REFERENCE, adapter_layers
 from prefopt.diffusion.families import Family, family_of
 from prefopt.diffusion.lora import load_weights, save_weights
 from prefopt.diffusion.schedule import EVERYWHERE, DiscreteSchedule, Noised, Times
@@ -59,11 +58,9 @@ class Denoiser(nn.Module):
     def identity(self) -> dict[str, str]:
         """What scores depend on besides the weights."""
         config = {name: value for name, value in self.network.config.items() if not name.startswith("_")}
-        layers = [layer for layer in adapter_layers(self.network) if REFERENCE in layer.scaling]
         return {
             **self.schedule.identity,
             "UNet configuration": content_key(json.dumps(config, sort_keys=True, default=str)),
-            "reference adapter's scale": str(sorted({layer.scaling[REFERENCE] for layer in layers})),
         }
 
     def forward(

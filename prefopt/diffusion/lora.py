@@ -3,7 +3,8 @@
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def start_from_lora(network: Any, pipeline: Any, adapter: str) -> None:
     """Continue training an adapter, its frozen copy the reference; one that does not fit is an InputError."""
     network.requires_grad_(False)
     file = adapter_file(adapter)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _in_float32(network):
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # two are meant
         for name in (REFERENCE, POLICY):
             load_adapter(pipeline, file, name)
@@ -54,7 +55,22 @@ def start_from_lora(network: Any, pipeline: Any, adapter: str) -> None:
     network.set_adapter(POLICY)
     for layer in adapter_layers(network):
         layer.set_adapter(POLICY)  # which also freezes the other one
-    _upcast_trained(network)
+
+
+@contextmanager
+def _in_float32(network: nn.Module) -> Iterator[None]:
+    """Within, the network's weights are float32; afterwards they are what they were, what was added is not.
+
+    An adapter is loaded in the precision of its layer, which would round it.
+    """
+    weights = [(parameter, parameter.dtype) for parameter in network.parameters()]
+    try:
+        for parameter, _ in weights:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, dtype in weights:
+            parameter.data = parameter.data.to(dtype)
 
 
 def add_lora(network: Any, config: LoraConfig) -> None:

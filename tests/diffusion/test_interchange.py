@@ -176,6 +176,24 @@ def test_training_on_from_a_folded_adapter_is_training_on(
     assert any((updates["no options"][layer] - value).abs().max() > 1e-4 for layer, value in before.items())
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_alpha": 8}, {"bf16": True}], ids=str)
+def test_an_adapter_on_half_precision_weights_is_not_rounded(
+    first_run: tuple[dict, Path], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Guards: the reference's factors in bfloat16, the policy's in float32: a first loss that is not ln 2."""
+    setting, folder = first_run
+    start = {"adapter_name_or_path": str(folder), "dtype": "bfloat16", "learning_rate": 1e-30}
+    cache = {"cache_dir": str(tmp_path / "cache")}  # encodings of another dtype
+    trainer = train(setting, tmp_path / "run", **start, **cache, **options)
+    assert logged(tmp_path / "run")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert logged(tmp_path / "run", "rewards/margins")[0] == 0
+    network = trainer.model.network
+    assert network.conv_in.weight.dtype == torch.bfloat16
+    assert {p.dtype for name, p in network.named_parameters() if "lora_" in name} == {torch.float32}
+    before, after = load_file(folder / ADAPTER_FILE), load_file(tmp_path / "run" / ADAPTER_FILE)
+    assert all(torch.allclose(after[name], value, rtol=1e-6, atol=0) for name, value in before.items())
+
+
 def test_another_alpha_leaves_the_update_as_it_is(
     first_run: tuple[dict, Path], stable_diffusion: str
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,21 @@ def test_what_is_kept_changes_no_loss(setting: dict, tmp_path: Path, capsys) -> 
         train(setting, tmp_path / "other", **epochs, max_length=90)
     train(setting, tmp_path / "cut", **epochs | {"vision_features": "live"}, max_length=90)
     assert len(list((tmp_path / "c" / "reference").iterdir())) == 2
+
+
+def test_scores_of_an_adapter_with_another_scaling_are_its_own(setting: dict, tmp_path: Path) -> None:
+    """Guards: cached scores of a reference whose tensors are the same and whose alpha is not."""
+    train(setting, tmp_path / "first")
+    twice = tmp_path / "twice"
+    shutil.copytree(tmp_path / "first", twice)
+    config = json.loads((twice / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 10
+    (twice / "adapter_config.json").write_text(json.dumps(config))
+    options = {"reference": "cache", "cache_dir": str(tmp_path / "cache"), "max_steps": 1}
+    for adapter in (tmp_path / "first", twice):
+        run = tmp_path / f"from-{adapter.name}"
+        train(setting, run, adapter_name_or_path=str(adapter), **options)
+        assert logged(run)[0] == pytest.approx(LN2, abs=1e-6)
 
 
 def test_only_the_images_that_a_short_run_reads_are_encoded(setting: dict, tmp_path: Path, capsys) -> None:
