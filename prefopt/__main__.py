@@ -5,6 +5,7 @@ On several GPUs: `accelerate launch -m prefopt diffusion_dpo`, with the program'
 
 import runpy
 import sys
+from importlib.metadata import version
 
 from prefopt.errors import InputError
 from prefopt.programs import BUILDERS, PRESETS, RECIPES, find_program, programs, summary
@@ -15,6 +16,9 @@ BAD_INPUT = 2  # the exit code
 def main() -> None:
     """Run the program that the command line names, with its options; without a name, list all programs."""
     words = sys.argv[1:] or ["--help"]
+    if words[0] == "--version":
+        print(f"prefopt {version('prefopt')}")
+        return
     if words[0] in ("-h", "--help"):
         print(listing())
         return

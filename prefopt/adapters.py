@@ -77,7 +77,7 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 def reference_scales(model: nn.Module) -> dict[str, float]:
     """What the update of each layer's reference adapter is multiplied with; empty without such an adapter."""
     named: Any = model.named_modules()
-    layers = [(name, module) for name, module in named if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [(name, module) for name, module in named if isinstance(module, BaseTunerLayer)]
     return {name: layer.scaling[REFERENCE] for name, layer in layers if REFERENCE in layer.scaling}
 
 

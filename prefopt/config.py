@@ -91,6 +91,7 @@ class PreferenceConfig(TrainingArguments):
     output_dir: str = option("runs/preference", "Folder for the trained model, checkpoints and logs.")
     remove_unused_columns: bool | None = option(False, "Has no effect here.")
     logging_steps: float = option(10, "Log every N steps.")
+    logging_first_step: bool = option(True, "Log the first step, too: for dpo its loss is ln 2, 0.6931.")
     logging_nan_inf_filter: bool = option(
         False, "Has no effect here: a loss that is not finite stops the run."
     )

@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from prefopt.adapters import ADAPTER_FILE as PEFT_FILE
 from prefopt.config import PreferenceConfig
+from prefopt.diffusion.generator import ADAPTER_FILE
 from prefopt.files import public_name, write_atomically
 from prefopt.options import COMMON_OPTIONS
 from prefopt.runs import VALIDATION_STRIPS, read_metrics, versions
@@ -25,10 +27,10 @@ CARD = """---
 
 Trained with prefopt from {model} on {data}: {arithmetic}.
 
-{about}
+{about}{use}
 ## Options
 
-Those that differ from their defaults; config.json has all of them.
+Those that matter; config.json has all of them.
 
 | option | value |
 |---|---|
@@ -46,6 +48,13 @@ Those that differ from their defaults; config.json has all of them.
 """
 
 
+# By the file of an adapter: its library, and how it is loaded.
+_ADAPTERS = {
+    ADAPTER_FILE: ("diffusers", 'pipeline.load_lora_weights("{title}")'),
+    PEFT_FILE: ("peft", 'model = PeftModel.from_pretrained(model, "{title}")'),
+}
+
+
 def write_card(
     folder: Path, run: Path, config: PreferenceConfig, *, arithmetic: str, about: Mapping[str, str]
 ) -> None:
@@ -56,6 +65,11 @@ def write_card(
     header = {"tags": ["prefopt", *(["lora"] if getattr(config, "use_peft", False) else [])]}
     header |= {"base_model": model} if model and "/" in model else {}
     header |= {"datasets": [data]} if data and "/" in data else {}
+    library, load = next((_ADAPTERS[file] for file in _ADAPTERS if (folder / file).is_file()), ("", ""))
+    header |= {"library_name": library} if library else {}
+    use = f"\n    {load.format(title=run.name)}\n" if load else ""
+    if start := getattr(config, "adapter_name_or_path", None):
+        use += f"\nIt holds what the adapter {public_name(start)} had learned: load it alone.\n"
     rows = read_metrics(run)
     last = next((row for row in reversed(rows) if "loss" in row), {})
     figures = [(name, last[name]) for name in _SHOWN if name in last]
@@ -68,6 +82,7 @@ def write_card(
         model=model or "a model in memory",
         data=data or "a dataset in memory",
         arithmetic=arithmetic,
+        use=use,
         about="".join(f"{name}: {fact}.\n" for name, fact in about.items()),
         options="\n".join(f"| `{name}` | {value} |" for name, value in _changed(config).items()),
         step=last.get("step", 0),

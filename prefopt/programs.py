@@ -60,5 +60,5 @@ def find_config(option: str, name_or_path: str, beginning: str = "") -> Path:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}? " if near else ""
+    near = [one for one in known if name in one] or get_close_matches(name, known, n=1)
+    return f"did you mean {' or '.join(near)}? " if 0 < len(near) <= 4 else ""

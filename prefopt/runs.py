@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.errors import InputError
 from prefopt.files import write_atomically
@@ -56,6 +57,16 @@ def write_config(folder: Path, args: TrainingArguments, **more: Any) -> None:
     """Write config.json: every option as resolved, the versions, and `more` facts about the run."""
     config = {**more, "versions": versions(), "options": args.to_dict()}
     write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+
+
+def refuse_earlier_run(output_dir: Path) -> None:
+    """InputError if a run's folder holds checkpoints of an earlier one."""
+    if output_dir.is_dir() and (earlier := get_last_checkpoint(output_dir)):
+        raise InputError(
+            f"{output_dir} holds {Path(earlier).name} of an earlier run: continue it with "
+            "--resume_from_checkpoint (in Python, train(resume_from_checkpoint=True)), or name another "
+            "--output_dir"
+        )
 
 
 METRICS_FILE = "metrics.jsonl"  # in a run's folder

@@ -31,7 +31,7 @@ from prefopt.losses import reward_metrics
 from prefopt.model_card import write_card
 from prefopt.objectives import Batch, Loss, Objective, Scored
 from prefopt.reference import cache_reference, reference_model
-from prefopt.runs import Ema, Interrupt, MetricsFile, Progress, write_config
+from prefopt.runs import Ema, Interrupt, MetricsFile, Progress, refuse_earlier_run, write_config
 from prefopt.scores import AnyScore, check_extras, check_scored, not_finite
 from prefopt.visits import by_visit, collate
 
@@ -148,6 +148,8 @@ class PreferenceTrainer(CheckpointingTrainer):
         super().save_model(output_dir, _internal_call)
         if not self._staging:
             self.create_model_card(folder=output_dir)
+            if self.is_world_process_zero():
+                print(f"saved in {output_dir or self.args.output_dir}", flush=True)
 
     def create_model_card(self, *args: Any, folder: str | None = None, **kwargs: Any) -> None:
         """Write README.md, which the hub shows, in place of transformers' own."""
@@ -172,12 +174,8 @@ class PreferenceTrainer(CheckpointingTrainer):
         with reporting_write_errors(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(output_dir / STAGING, ignore_errors=True)  # what a killed run left half-written
-            earlier = get_last_checkpoint(output_dir)
-            if earlier and not checkpoint:
-                raise InputError(
-                    f"{output_dir} holds {Path(earlier).name} of an earlier run: continue it with "
-                    "--resume_from_checkpoint, or name another --output_dir"
-                )
+            if not checkpoint:
+                refuse_earlier_run(output_dir)
             write_config(output_dir, self.args, arithmetic=self.arithmetic(), about=self.about)
             self.metrics_file = MetricsFile(output_dir, after=_step(checkpoint) if checkpoint else 0)
         print(self.arithmetic(), flush=True)
@@ -360,12 +358,18 @@ class PreferenceTrainer(CheckpointingTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; the training metrics gathered so far are kept apart from those of the evaluation."""
         training, self._sums = self._sums, {}
-        own: Any = self.eval_dataset
-        self._examples = own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or own
+        self._examples = _named(self.eval_dataset, eval_dataset)
         try:
             return super().evaluate(eval_dataset, *args, **kwargs)
         finally:
             self._sums, self._examples = training, self.train_dataset
+
+
+def _named(own: Any, wanted: Any) -> Any:
+    """What an evaluation reads: the trainer's own dataset, one of several by its name, or another."""
+    if wanted is None:
+        return own
+    return own[wanted] if isinstance(wanted, str) else wanted
 
 
 def _held_out(dataset: Any) -> Any:

@@ -241,6 +241,7 @@ def test_an_earlier_run_is_not_overwritten(options, refused):
     before = files(options["output_dir"])
     message = refused(options)
     assert f"{options['output_dir']} holds checkpoint-1 of an earlier run" in message
+    assert message == refused({**options, "dataset_name": "my/data"}), "before anything is read"
     assert "--resume_from_checkpoint" in message
     assert files(options["output_dir"]) == before
 

@@ -46,6 +46,7 @@ def test_without_a_name_all_are_listed(words, monkeypatch, capsys):
         ),
         ("self-rewarding", "did you mean self_rewarding?"),
         ("vlm_dpo.py", "did you mean vlm_dpo?"),
+        ("compare", "did you mean compare_text_to_image or compare_vlm?"),
         ("12345", "no recipe or builder '12345'; `prefopt --help` lists all"),
     ],
 )

@@ -130,7 +130,9 @@ def test_a_card_lies_beside_the_adapter(setting, tmp_path):
     train(setting, tmp_path / "my-run", max_steps=2, lora_alpha=4)
     card = (tmp_path / "my-run" / "README.md").read_text()
     _, header, body = card.split("---\n", 2)
-    assert yaml.safe_load(header) == {"tags": ["prefopt", "lora"]}, "no hub ids here"
+    assert yaml.safe_load(header) == {"tags": ["prefopt", "lora"], "library_name": "diffusers"}, (
+        "no hub ids here"
+    )
     assert "# my-run" in body and "| `lora_alpha` | 4 |" in body and "from sd15 on pairs: 12 examples" in body
     assert (
         "| `learning_rate` | 0.001 |" in body and f"| loss | {logged(tmp_path / 'my-run')[-1]:.4g} |" in body
@@ -195,6 +197,18 @@ def test_a_cached_reference_gives_the_live_runs_losses(setting, plain_run, tmp_p
     train(setting, tmp_path / "seed", seed=7, max_steps=1, **options)
     train(setting, tmp_path / "back", loss_type="hinge", **options)
     assert len(shards()) == len(before) + 1, "another seed's scores lie beside the first one's"
+
+
+def test_the_first_step_is_logged_and_the_card_says_how_to_load(setting, tmp_path, capsys):
+    train(setting, tmp_path / "sft", "diffusion_sft", max_steps=2, logging_steps=10)
+    first, *_ = (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first)["step"] == 1
+    assert f"saved in {tmp_path / 'sft'}" in capsys.readouterr().out
+    card = (tmp_path / "sft" / "README.md").read_text()
+    assert 'pipeline.load_lora_weights("sft")' in card and "library_name: diffusers" in card
+    train(setting, tmp_path / "dpo", max_steps=1, adapter_name_or_path=str(tmp_path / "sft"))
+    said = "It holds what the adapter sft had learned: load it alone."
+    assert said in (tmp_path / "dpo" / "README.md").read_text() and said not in card
 
 
 @pytest.mark.parametrize("model", ["stable_diffusion", "sdxl"])

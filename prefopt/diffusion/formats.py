@@ -20,6 +20,7 @@ Open-image-preferences is a `pairs` table as it stands.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -163,8 +164,10 @@ def find_format(lists: Mapping[str, bool], where: str) -> Format:
 
     form = max(FORMATS, key=fits)
     if missing := [name for name in form.columns if name not in lists]:
+        near = [alike for name in missing for alike in get_close_matches(name, lists, n=1)]
+        guess = f" (is it {near[0]!r}, misspelt?)" if near else ""
         raise InputError(
-            f"{where}: no column {' and no column '.join(map(repr, missing))}; its columns are "
+            f"{where}: no column {' and no column '.join(map(repr, missing))}{guess}; its columns are "
             f"{list(lists)}, and preferences need a prompt and one of: {KNOWN}"
         )
     return form

@@ -28,6 +28,7 @@ from prefopt.errors import InputError
 from prefopt.files import text_lines
 from prefopt.objectives import Objective, Scored, with_discriminator
 from prefopt.reference import frozen_copy
+from prefopt.runs import refuse_earlier_run
 from prefopt.trainer import PreferenceTrainer
 
 
@@ -42,10 +43,12 @@ def train(
     InputError for labels or options that the objective cannot use, before anything is loaded.
     """
     state = PartialState()
+    if not config.resume_from_checkpoint:
+        refuse_earlier_run(Path(str(config.output_dir)))  # before anything is read and encoded
     with state.main_process_first():  # then the others read its cache
         tables = read_tables(config, read)
-    for table in tables:
-        state.print(table)
+    for table, use in zip(tables, ("to train on", "held out"), strict=False):
+        state.print(f"{table} {use}")
         objective.check_labels(table.soft_labels)
     if config.reference == "cache" and not objective.needs_reference:
         raise InputError("--reference cache: this objective has no reference")

@@ -16,6 +16,7 @@ from prefopt.adapters import apply_options
 from prefopt.errors import InputError
 from prefopt.objectives import Objective
 from prefopt.reference import frozen_copy
+from prefopt.runs import refuse_earlier_run
 from prefopt.trainer import PreferenceTrainer
 from prefopt.vlm.batches import Collator
 from prefopt.vlm.config import VlmConfig
@@ -38,6 +39,8 @@ def train(config: VlmConfig, kind: Kind, objective: Objective, about: Mapping[st
     """
     if config.reference == "cache" and not objective.needs_reference:
         raise InputError("--reference cache: this objective has no reference")
+    if not config.resume_from_checkpoint:
+        refuse_earlier_run(Path(str(config.output_dir)))  # before anything is loaded
     loaded, processor = load(config)
     examples = read_examples(config, kind, processor)
     PartialState().print(examples)

@@ -21,6 +21,7 @@ from pictures import (
 )
 from PIL import Image
 
+from prefopt.diffusion.formats import find_format
 from prefopt.diffusion.tables import Table, read_preferences, read_sft
 from prefopt.errors import InputError
 
@@ -399,3 +400,8 @@ def test_imagereward_drops_ties_and_an_image_at_two_ranks(tmp_path):
     rows = [(0, 1, "x", "a"), (1, 1, "x", "a"), (2, 1, "y", "b"), (2, 2, "y", "b"), (3, 1, "z", "c")]
     table = read_preferences(as_image_reward(tmp_path / "p", [*rows, (4, 2, "z", "c")]))
     assert seeds_of(table, 0) == [3, 4] and table.dropped == {"tie": 1, "same image twice": 1}
+
+
+def test_a_misspelt_column_is_guessed():
+    with pytest.raises(InputError, match=r"no column 'chosen' \(is it 'choosen', misspelt\?\); its columns"):
+        find_format({"prompt": False, "choosen": False, "rejected": False}, "pairs.jsonl")
