@@ -6,6 +6,7 @@ What the rows of a table of images mean is told in diffusion/formats.py, of conv
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,12 +98,37 @@ def is_sliced(split: str) -> bool:
     return bool(re.search(r"[\[+]", split))
 
 
+def may_share_rows(one: str, other: str) -> bool:
+    """Whether two splits, sums or slices of splits have a row in common, for any number of rows.
+
+    Slices of one split have none if one ends before the other starts, both in shares or both in row numbers.
+    """
+    return any(
+        a.splitname == b.splitname and not (_precedes(a, b) or _precedes(b, a))
+        for a in _instruction(one)._relative_instructions
+        for b in _instruction(other)._relative_instructions
+    )
+
+
+def _precedes(one: Any, other: Any) -> bool:
+    end, start = one.to, other.from_
+    if end is None or start is None or (one.unit, one.rounding) != (other.unit, other.rounding):
+        return False
+    return end == start or 0 <= end <= start  # of unequal ends that count from the last row, rounding decides
+
+
+def _instruction(split: str) -> datasets.ReadInstruction:
+    if not is_sliced(split):
+        return datasets.ReadInstruction(split)
+    with _reporting_wrong_slices(split):
+        return datasets.ReadInstruction.from_spec(split)
+
+
 def read_split(split: str, read: Callable[[str], Dataset]) -> Dataset:
     """The rows of a split or of slices of some; `read` returns the rows of a split by its name."""
     if not is_sliced(split):
         return read(split)
-    with _reporting_wrong_slices(split):
-        wanted = datasets.ReadInstruction.from_spec(split)
+    wanted = _instruction(split)
     names = dict.fromkeys(part.splitname for part in wanted._relative_instructions)
     rows = {name: read(name) for name in names}
     with _reporting_wrong_slices(split):
@@ -154,10 +180,12 @@ def image_bytes(image: dict | None, where: str, *folders: Path) -> bytes:
         raise InputError(f"{where} has no image; a pair has two")
     content, path = image.get("bytes"), image.get("path")
     if content is None and path:
-        homes = _homes(folders[0]) if folders else (Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
-        files = [Path(folder, path).resolve() for folder in folders or homes[:1]]
+        homes = folders[:1] or (Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
+        files = [Path(folder, path) for folder in folders or homes[:1]]
         file = next((file for file in files if file.is_file()), files[0])
-        if not any(file.is_relative_to(home.resolve()) for home in homes):
+        if file.is_symlink() and ".." not in file.parts:
+            homes = (*homes, *_blobs(homes[0]))
+        if not any(file.resolve().is_relative_to(home.resolve()) for home in homes):
             raise InputError(f"{where} points to {path}, outside of the dataset's folder {homes[0]}")
         if not file.is_file():
             raise InputError(f"{where} points to {path}, which is not there")
@@ -167,7 +195,13 @@ def image_bytes(image: dict | None, where: str, *folders: Path) -> bytes:
     return content
 
 
-def _homes(folder: Path) -> list[Path]:
-    """A folder, and where the links of a snapshot of the hub's lead to: REPOSITORY/snapshots/REVISION."""
-    snapshots = [parent for parent in folder.parents if parent.name == "snapshots"]
-    return [folder, *(parent.with_name("blobs") for parent in snapshots)]
+def _blobs(folder: Path) -> list[Path]:
+    """Where the links of a snapshot in the hub's cache lead to; none for another folder.
+
+    A snapshot is (datasets|models)--NAME/snapshots/REVISION, and its files are in the first folder's blobs.
+    """
+    return [
+        cached / "blobs"
+        for snapshots, cached in pairwise(folder.parents)
+        if snapshots.name == "snapshots" and re.match("(datasets|models)--", cached.name)
+    ]
