@@ -1,7 +1,10 @@
 """Tables in local folders and files: which files hold the rows of a split, and which table is the default."""
 
 import json
+import os
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +151,17 @@ def folder_state(folder: Path) -> str:
 
     Files that datasets itself writes there, as its caches of a saved dataset, do not count.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_scratch(path.name))
-    return content_key(json.dumps([[str(path.relative_to(folder)), *file_state(path)] for path in files]))
+    return files_state(folder, (path for path in folder.rglob("*") if not _is_scratch(path.name)))
+
+
+def files_state(folder: Path, paths: Iterable[Path]) -> str:
+    """A hash that changes with any of these files; those that are not there, or vanish, do not count."""
+    states = []
+    for path in sorted(paths):
+        with suppress(OSError):
+            if path.is_file():
+                states.append([os.path.relpath(path, folder), *file_state(path)])
+    return content_key(json.dumps(states))
 
 
 def _is_scratch(name: str) -> bool:

@@ -4,7 +4,7 @@ What the rows of a table of images mean is told in diffusion/formats.py, of conv
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +15,10 @@ from datasets import Dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_CACHE
-from pyarrow import ArrowException
+from pyarrow import ArrowException, LargeListType, ListType, StructType, compute
 
 from prefopt.errors import InputError
-from prefopt.local_tables import folder_state, read_file, read_folder, table_folder
+from prefopt.local_tables import files_state, folder_state, read_file, read_folder, table_folder
 
 
 class Source(NamedTuple):
@@ -27,11 +27,16 @@ class Source(NamedTuple):
     rows: Dataset
     name: str  # what errors call it: a folder, a file or a hub id, with the slice of it that was read
     folders: tuple[Path, ...]  # that paths in cells start from, see `image_bytes`; none of a hub id
+    is_file: bool = False  # else a folder, or a hub id
 
-    @property
-    def state(self) -> str:
-        """A hash that changes with any file in the folder."""
-        return folder_state(self.folders[0]) if self.folders else ""
+    def state(self, columns: Sequence[str]) -> str:
+        """A hash that changes with any file in the folder; of one file, with those that its cells name."""
+        if not self.folders:
+            return ""
+        if not self.is_file:
+            return folder_state(self.folders[0])
+        named = {path for name in columns for path in _paths(self.rows, name)}
+        return files_state(self.folders[0], (Path(of, path) for of in self.folders for path in named))
 
 
 def load(source: str, *, split: str, config: str | None, revision: str | None) -> Source:
@@ -58,6 +63,17 @@ def load(source: str, *, split: str, config: str | None, revision: str | None) -
     return found._replace(rows=rows)
 
 
+def _paths(rows: Dataset, name: str) -> Iterator[str]:
+    """The paths in a column's cells, images, texts or lists of them; the bytes beside them are not read."""
+    for batch in rows.select_columns([name]).with_format("arrow").iter(1000):
+        cells: Any = batch[name]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if isinstance(cells.type, ListType | LargeListType):
+            cells = compute.call_function("list_flatten", [cells])
+        if isinstance(cells.type, StructType):
+            cells = compute.call_function("struct_field", [cells], compute.StructFieldOptions(["path"]))
+        yield from filter(lambda path: isinstance(path, str) and path, cells.to_pylist())
+
+
 def _load_local(source: str, split: str, config: str | None, revision: str | None) -> Source:
     refuse_options(source, revision=revision)
     place, places = table_folder(source, config), []
@@ -77,7 +93,7 @@ def _load_local(source: str, split: str, config: str | None, revision: str | Non
     folder = (place if place.is_dir() else place.parent).resolve()
     # Where HPDv2 has the pictures of test.json: in test/. Of two splits they would bear the same names.
     below = [folder / (split.partition("[")[0] if place.is_dir() else place.stem)] if len(places) == 1 else []
-    return Source(rows, name, (folder, *below))
+    return Source(rows, name, (folder, *below), place.is_file())
 
 
 def refuse_options(source: str, **options: str | None) -> None:

@@ -10,8 +10,11 @@ import datasets
 import pytest
 from pictures import PAIRS, cell, pair_rows, png, sha, write_pairs, write_table
 
+from prefopt import local_tables
 from prefopt.diffusion.tables import Table, read_preferences, read_sft
 from prefopt.errors import InputError
+from prefopt.files import file_state
+from prefopt.local_tables import folder_state
 from prefopt.records import load, may_share_rows
 from prefopt.vlm.examples import read_vision_examples
 
@@ -141,6 +144,36 @@ def test_a_file_is_read_anew_when_it_changes(tmp_path: Path) -> None:
     assert seeds(read_preferences(file)) == [[4, 5]]
     (tmp_path / "pictures" / "4.png").write_bytes(png(6))
     assert seeds(read_preferences(file)) == [[6, 5]]
+
+
+def test_a_file_depends_on_its_own_pictures_alone(tmp_path: Path) -> None:
+    """Guards: a table checked again for every line of a log beside it."""
+    write_records(tmp_path, [pair(0)], "pairs.jsonl")
+    write_table(tmp_path, pair_rows(1), PAIRS, "pairs.parquet")
+    for name in ("pairs.jsonl", "pairs.parquet"):
+        source = load(str(tmp_path / name), split="train", config=None, revision=None)
+        before = source.state(("chosen", "rejected"))
+        (tmp_path / "run.log").write_text(name)
+        (tmp_path / "pictures" / "9.png").write_bytes(png(3))
+        assert source.state(("chosen", "rejected")) == before
+        (tmp_path / "pictures" / "1.png").write_bytes(png(len(name)))
+        assert (source.state(("chosen", "rejected")) != before) == (name == "pairs.jsonl")
+
+
+def test_a_file_that_vanishes_while_a_folder_is_listed_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path, 2)
+    before = folder_state(tmp_path)
+    (tmp_path / "gone.txt").write_text("a")
+
+    def state(path: Path) -> tuple[int, int, int, int]:
+        if path.name == "gone.txt":
+            path.unlink()
+        return file_state(path)
+
+    monkeypatch.setattr(local_tables, "file_state", state)
+    assert folder_state(tmp_path) == before
 
 
 # Text files that are broken
