@@ -266,9 +266,13 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
                 f"what {self.HOLD_OUT} holds out is there to be measured; add --eval_strategy steps, or epoch"
             )
         train, test = self.dataset_train_split, self.dataset_test_split
-        # A slice is part of its whole split; of two slices the rows are not known here.
-        if test and (test == train or test.partition("[")[0] == train or train.partition("[")[0] == test):
+        if test is None:
+            return
+        from prefopt.records import may_share_rows  # it imports datasets, which takes a second
+
+        if may_share_rows(train, test):
             raise InputError(
-                f"--dataset_test_split {test} is trained on: --dataset_train_split is {train}; name another, "
-                "or slices that do not overlap, train[:90%] and train[90%:]"
+                f"--dataset_test_split {test} and --dataset_train_split {train} share rows, or may share "
+                "some; name another split, or slices that do not overlap, both in shares or both in row "
+                "numbers, as train[:90%] and train[90%:]"
             )

@@ -1,7 +1,10 @@
 """Tables in local folders and files: which files hold the rows of a split, and which table is the default."""
 
 import json
+import os
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from prefopt.files import content_key, file_state
 from prefopt.record_files import SUFFIXES, read_records
 
 TABLES = (".parquet", ".arrow")
-# A file that bears one of these in its name is not read as training data.
+# A file that bears one of these in its path is not read as training data.
 HELD_OUT = ("validation", "valid", "val", "dev", "test", "eval")
 # JSON files of a dataset's folder that hold no rows of it.
 NO_ROWS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json", "BUILD.json")
@@ -39,10 +42,10 @@ def table_folder(source: str, config: str | None) -> Path:
         if config and place.exists():
             raise InputError(f"--dataset_config {config}: {source} is one file; leave the option out")
         return place
-    tables = ", ".join(_tables(place)) or "none"
+    tables = ", ".join(table_names(place)) or "none"
     named, default = _configurations(place)
     name = config or default
-    if name and (place / name).is_dir():
+    if name and _is_folder_name(name) and (place / name).is_dir():
         return place / name
     if name and named != [name]:
         raise InputError(f"--dataset_config {name}: {source} has no such sub-folder; its tables are {tables}")
@@ -51,7 +54,8 @@ def table_folder(source: str, config: str | None) -> Path:
     return place
 
 
-def _tables(folder: Path) -> list[str]:
+def table_names(folder: Path) -> list[str]:
+    """The sub-folders of a folder that hold Parquet files."""
     names = {path.parent.name for path in folder.glob("*/*.parquet")}
     return sorted(name for name in names if not name.startswith("."))
 
@@ -66,9 +70,13 @@ def _configurations(folder: Path) -> tuple[list[str], str | None]:
         raise InputError(
             f"{card}: its lines between --- are no dataset card ({error}); mend or delete it"
         ) from error
-    names = [name for name in configs if isinstance(name, str) and Path(name).name == name]
+    names = [name for name in configs if _is_folder_name(name)]
     default = next((name for name in names if configs[name].get("default")), None)
     return names, default or (names[0] if len(names) == 1 else None)
+
+
+def _is_folder_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name != ".."
 
 
 def read_folder(folder: Path, split: str) -> tuple[Dataset, Path]:
@@ -92,7 +100,7 @@ def read_folder(folder: Path, split: str) -> tuple[Dataset, Path]:
                     f"{folder}: no {suffix[1:]} file of a split {split!r}; there are "
                     f"{[path.name for path in files]}"
                 )
-            return _load_tables(of_split, split, folder_state(folder)), folder
+            return _load_tables(of_split, folder_state(folder)), folder
     if file := _record_file(folder, split):
         return read_records(file), file
     if any(path.is_file() for path in folder.rglob("*")):
@@ -103,7 +111,7 @@ def read_folder(folder: Path, split: str) -> tuple[Dataset, Path]:
 
 def read_file(file: Path, split: str) -> Dataset:
     """The rows of a file; its only split is `train`, or one that its name bears."""
-    if split != "train" and split not in _words(file):
+    if split != "train" and not _names(Path(file.name), split):
         raise InputError(f"{file} is one file, whose rows are {_ONE_SPLIT.format(split)}")
     if file.suffix in SUFFIXES:
         return read_records(file)
@@ -111,35 +119,31 @@ def read_file(file: Path, split: str) -> Dataset:
         raise InputError(
             f"{file} is no table; those that can be read end with {', '.join((*TABLES, *SUFFIXES))}"
         )
-    return _load_tables([file], split, content_key(json.dumps(file_state(file))))
+    return _load_tables([file], content_key(json.dumps(file_state(file))))
 
 
-def _load_tables(files: list[Path], split: str, state: str) -> Dataset:
+def _load_tables(files: list[Path], state: str) -> Dataset:
     # The name is part of datasets' cache key, whose own clock is too coarse for a file's replacement.
-    kind, paths = files[0].suffix[1:], {split: list(map(str, files))}
-    rows: Any = datasets.load_dataset(kind, state[:16], data_files=paths, split=split)
+    kind, paths = files[0].suffix[1:], list(map(str, files))
+    rows: Any = datasets.load_dataset(kind, state[:16], data_files=paths, split="train")
     return rows
 
 
 def _record_file(folder: Path, split: str) -> Path | None:
     """The JSON or CSV file of a split in a folder that has no other tables; None without such files.
 
-    A file bears the split's name as a word of its own; one that bears none is taken for training.
+    A file that bears no split's name is taken for training.
     """
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name not in NO_ROWS)
     if not files or any(path.name in IMAGEFOLDER for path in folder.rglob("*")):
         return None
-    named = [path for path in files if split in _words(path)]
+    named = [path for path in files if _names(Path(path.name), split)]
     if not named and split == "train":
-        named = [path for path in files if not _words(path).intersection(HELD_OUT)]
+        named = [path for path in files if not any(_names(Path(path.name), s) for s in HELD_OUT)]
     if len(named) != 1:
         names = [path.name for path in named or files]
         raise InputError(f"{folder}: one file is to bear the split's name {split!r}; there are {names}")
     return named[0]
-
-
-def _words(file: Path) -> set[str]:
-    return set(re.split(r"[^A-Za-z0-9]", file.stem))
 
 
 def folder_state(folder: Path) -> str:
@@ -147,8 +151,17 @@ def folder_state(folder: Path) -> str:
 
     Files that datasets itself writes there, as its caches of a saved dataset, do not count.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_scratch(path.name))
-    return content_key(json.dumps([[str(path.relative_to(folder)), *file_state(path)] for path in files]))
+    return files_state(folder, (path for path in folder.rglob("*") if not _is_scratch(path.name)))
+
+
+def files_state(folder: Path, paths: Iterable[Path]) -> str:
+    """A hash that changes with any of these files; those that are not there, or vanish, do not count."""
+    states = []
+    for path in sorted(paths):
+        with suppress(OSError):
+            if path.is_file():
+                states.append([os.path.relpath(path, folder), *file_state(path)])
+    return content_key(json.dumps(states))
 
 
 def _is_scratch(name: str) -> bool:
@@ -156,8 +169,9 @@ def _is_scratch(name: str) -> bool:
 
 
 def _names(path: Path, split: str) -> bool:
-    """Whether a path bears a split's name as a word of its own."""
-    return bool(re.search(rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z0-9])", path.as_posix()))
+    """Whether a path bears a split's name, in upper or lower case, and not inside of a longer word."""
+    name = rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])"
+    return bool(re.search(name, path.as_posix(), re.IGNORECASE))
 
 
 def _named_split(found: Any, folder: Path, split: str) -> Dataset:

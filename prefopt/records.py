@@ -4,8 +4,9 @@ What the rows of a table of images mean is told in diffusion/formats.py, of conv
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ from datasets import Dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_CACHE
-from pyarrow import ArrowException
+from pyarrow import ArrowException, LargeListType, ListType, StructType, compute
 
 from prefopt.errors import InputError
-from prefopt.local_tables import folder_state, read_file, read_folder, table_folder
+from prefopt.local_tables import files_state, folder_state, read_file, read_folder, table_folder
 
 
 class Source(NamedTuple):
@@ -26,11 +27,16 @@ class Source(NamedTuple):
     rows: Dataset
     name: str  # what errors call it: a folder, a file or a hub id, with the slice of it that was read
     folders: tuple[Path, ...]  # that paths in cells start from, see `image_bytes`; none of a hub id
+    is_file: bool = False  # else a folder, or a hub id
 
-    @property
-    def state(self) -> str:
-        """A hash that changes with any file in the folder."""
-        return folder_state(self.folders[0]) if self.folders else ""
+    def state(self, columns: Sequence[str]) -> str:
+        """A hash that changes with any file in the folder; of one file, with those that its cells name."""
+        if not self.folders:
+            return ""
+        if not self.is_file:
+            return folder_state(self.folders[0])
+        named = {path for name in columns for path in _paths(self.rows, name)}
+        return files_state(self.folders[0], (Path(of, path) for of in self.folders for path in named))
 
 
 def load(source: str, *, split: str, config: str | None, revision: str | None) -> Source:
@@ -57,6 +63,17 @@ def load(source: str, *, split: str, config: str | None, revision: str | None) -
     return found._replace(rows=rows)
 
 
+def _paths(rows: Dataset, name: str) -> Iterator[str]:
+    """The paths in a column's cells, images, texts or lists of them; the bytes beside them are not read."""
+    for batch in rows.select_columns([name]).with_format("arrow").iter(1000):
+        cells: Any = batch[name]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if isinstance(cells.type, ListType | LargeListType):
+            cells = compute.call_function("list_flatten", [cells])
+        if isinstance(cells.type, StructType):
+            cells = compute.call_function("struct_field", [cells], compute.StructFieldOptions(["path"]))
+        yield from filter(lambda path: isinstance(path, str) and path, cells.to_pylist())
+
+
 def _load_local(source: str, split: str, config: str | None, revision: str | None) -> Source:
     refuse_options(source, revision=revision)
     place, places = table_folder(source, config), []
@@ -76,7 +93,7 @@ def _load_local(source: str, split: str, config: str | None, revision: str | Non
     folder = (place if place.is_dir() else place.parent).resolve()
     # Where HPDv2 has the pictures of test.json: in test/. Of two splits they would bear the same names.
     below = [folder / (split.partition("[")[0] if place.is_dir() else place.stem)] if len(places) == 1 else []
-    return Source(rows, name, (folder, *below))
+    return Source(rows, name, (folder, *below), place.is_file())
 
 
 def refuse_options(source: str, **options: str | None) -> None:
@@ -97,12 +114,37 @@ def is_sliced(split: str) -> bool:
     return bool(re.search(r"[\[+]", split))
 
 
+def may_share_rows(one: str, other: str) -> bool:
+    """Whether two splits, sums or slices of splits have a row in common, for any number of rows.
+
+    Slices of one split have none if one ends before the other starts, both in shares or both in row numbers.
+    """
+    return any(
+        a.splitname == b.splitname and not (_precedes(a, b) or _precedes(b, a))
+        for a in _instruction(one)._relative_instructions
+        for b in _instruction(other)._relative_instructions
+    )
+
+
+def _precedes(one: Any, other: Any) -> bool:
+    end, start = one.to, other.from_
+    if end is None or start is None or (one.unit, one.rounding) != (other.unit, other.rounding):
+        return False
+    return end == start or 0 <= end <= start  # of unequal ends that count from the last row, rounding decides
+
+
+def _instruction(split: str) -> datasets.ReadInstruction:
+    if not is_sliced(split):
+        return datasets.ReadInstruction(split)
+    with _reporting_wrong_slices(split):
+        return datasets.ReadInstruction.from_spec(split)
+
+
 def read_split(split: str, read: Callable[[str], Dataset]) -> Dataset:
     """The rows of a split or of slices of some; `read` returns the rows of a split by its name."""
     if not is_sliced(split):
         return read(split)
-    with _reporting_wrong_slices(split):
-        wanted = datasets.ReadInstruction.from_spec(split)
+    wanted = _instruction(split)
     names = dict.fromkeys(part.splitname for part in wanted._relative_instructions)
     rows = {name: read(name) for name in names}
     with _reporting_wrong_slices(split):
@@ -154,10 +196,12 @@ def image_bytes(image: dict | None, where: str, *folders: Path) -> bytes:
         raise InputError(f"{where} has no image; a pair has two")
     content, path = image.get("bytes"), image.get("path")
     if content is None and path:
-        homes = _homes(folders[0]) if folders else (Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
-        files = [Path(folder, path).resolve() for folder in folders or homes[:1]]
+        homes = folders[:1] or (Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
+        files = [Path(folder, path) for folder in folders or homes[:1]]
         file = next((file for file in files if file.is_file()), files[0])
-        if not any(file.is_relative_to(home.resolve()) for home in homes):
+        if file.is_symlink() and ".." not in file.parts:
+            homes = (*homes, *_blobs(homes[0]))
+        if not any(file.resolve().is_relative_to(home.resolve()) for home in homes):
             raise InputError(f"{where} points to {path}, outside of the dataset's folder {homes[0]}")
         if not file.is_file():
             raise InputError(f"{where} points to {path}, which is not there")
@@ -167,7 +211,13 @@ def image_bytes(image: dict | None, where: str, *folders: Path) -> bytes:
     return content
 
 
-def _homes(folder: Path) -> list[Path]:
-    """A folder, and where the links of a snapshot of the hub's lead to: REPOSITORY/snapshots/REVISION."""
-    snapshots = [parent for parent in folder.parents if parent.name == "snapshots"]
-    return [folder, *(parent.with_name("blobs") for parent in snapshots)]
+def _blobs(folder: Path) -> list[Path]:
+    """Where the links of a snapshot in the hub's cache lead to; none for another folder.
+
+    A snapshot is (datasets|models)--NAME/snapshots/REVISION, and its files are in the first folder's blobs.
+    """
+    return [
+        cached / "blobs"
+        for snapshots, cached in pairwise(folder.parents)
+        if snapshots.name == "snapshots" and re.match("(datasets|models)--", cached.name)
+    ]

@@ -338,7 +338,7 @@ def test_a_mistyped_key_of_a_file_is_answered_with_the_nearest_option(tmp_path):
         ({"dataset_test_split": "test"}, "add --eval_strategy steps, or epoch"),
         (
             {"dataset_test_split": "train", "eval_strategy": "steps"},
-            "--dataset_test_split train is trained on",
+            "--dataset_test_split train and --dataset_train_split train share rows, or may share some; name",
         ),
     ],
 )
@@ -434,9 +434,22 @@ def test_a_revision_of_the_pocket_is_refused(words, said):
         parse(TextToImagePairsConfig, words)
 
 
-def test_overlapping_splits_are_refused(options, refused):
-    message = refused({**options, "dataset_test_split": "train[:10%]", "eval_strategy": "steps"})
-    assert "--dataset_test_split train[:10%] is trained on: --dataset_train_split is train" in message
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train", "train[:10%]"),
+        ("train+validation", "validation"),
+        ("train", "test+train[:5]"),
+        ("train[:90%]", "train[80%:]"),
+        ("train[500:]", "train[:501]"),
+        ("train[500:]", "train[:10%]"),  # may, by the number of rows
+        ("train[:90%]", "train[-10%:]"),  # of 15 rows, 13.5 is rounded up and 1.5 is, too
+    ],
+)
+def test_overlapping_splits_are_refused(options, refused, train, test):
+    options |= {"dataset_train_split": train, "dataset_test_split": test, "eval_strategy": "steps"}
+    said = f"--dataset_test_split {test} and --dataset_train_split {train} share rows, or may share some"
+    assert said in refused(options)
 
 
 @pytest.mark.parametrize(

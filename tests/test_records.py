@@ -1,6 +1,7 @@
 """Tables as people have them on disk: text files, single files, slices, cards, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ import datasets
 import pytest
 from pictures import PAIRS, cell, pair_rows, png, sha, write_pairs, write_table
 
+from prefopt import local_tables
 from prefopt.diffusion.tables import Table, read_preferences, read_sft
 from prefopt.errors import InputError
-from prefopt.records import load
+from prefopt.files import file_state
+from prefopt.local_tables import folder_state
+from prefopt.records import load, may_share_rows
 from prefopt.vlm.examples import read_vision_examples
 
 ENDINGS = ("json", "jsonl", "csv")
@@ -142,6 +146,36 @@ def test_a_file_is_read_anew_when_it_changes(tmp_path: Path) -> None:
     assert seeds(read_preferences(file)) == [[6, 5]]
 
 
+def test_a_file_depends_on_its_own_pictures_alone(tmp_path: Path) -> None:
+    """Guards: a table checked again for every line of a log beside it."""
+    write_records(tmp_path, [pair(0)], "pairs.jsonl")
+    write_table(tmp_path, pair_rows(1), PAIRS, "pairs.parquet")
+    for name in ("pairs.jsonl", "pairs.parquet"):
+        source = load(str(tmp_path / name), split="train", config=None, revision=None)
+        before = source.state(("chosen", "rejected"))
+        (tmp_path / "run.log").write_text(name)
+        (tmp_path / "pictures" / "9.png").write_bytes(png(3))
+        assert source.state(("chosen", "rejected")) == before
+        (tmp_path / "pictures" / "1.png").write_bytes(png(len(name)))
+        assert (source.state(("chosen", "rejected")) != before) == (name == "pairs.jsonl")
+
+
+def test_a_file_that_vanishes_while_a_folder_is_listed_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path, 2)
+    before = folder_state(tmp_path)
+    (tmp_path / "gone.txt").write_text("a")
+
+    def state(path: Path) -> tuple[int, int, int, int]:
+        if path.name == "gone.txt":
+            path.unlink()
+        return file_state(path)
+
+    monkeypatch.setattr(local_tables, "file_state", state)
+    assert folder_state(tmp_path) == before
+
+
 # Text files that are broken
 
 
@@ -219,6 +253,22 @@ def test_a_file_has_one_split(tmp_path: Path) -> None:
         read_preferences(str(tmp_path / "saved"), split="test")
 
 
+@pytest.mark.parametrize("ending", [*ENDINGS, "parquet"])
+def test_the_name_of_a_split_may_hold_a_line(tmp_path: Path, ending: str) -> None:
+    """As in ultrafeedback_binarized: train_prefs and test_prefs."""
+    for count, split in enumerate(("train_prefs", "Test-prefs"), start=1):
+        if ending == "parquet":
+            write_table(tmp_path, pair_rows(count), PAIRS, f"{split}.parquet")
+        else:
+            write_records(tmp_path, [pair(number) for number in range(count)], f"{split}.{ending}")
+    for split, count in {"train_prefs": 1, "train": 1, "test-prefs": 2, "test": 2}.items():
+        assert len(read_preferences(str(tmp_path), split=split)) == count
+    assert len(read_preferences(str(tmp_path / f"train_prefs.{ending}"), split="train_prefs")) == 1
+    for whole in (tmp_path, tmp_path / f"Test-prefs.{ending}"):
+        with pytest.raises(InputError, match="'prefs_of_others'"):
+            read_preferences(str(whole), split="prefs_of_others")
+
+
 def test_a_parquet_or_arrow_file_alone(tmp_path: Path) -> None:
     write_pairs(tmp_path, 2)
     assert seeds(read_preferences(str(tmp_path / "train.parquet"))) == [[0, 1], [2, 3]]
@@ -272,6 +322,32 @@ def test_a_sum_of_splits(tmp_path: Path) -> None:
     write_table(tmp_path, pair_rows(1), PAIRS, "test.parquet")
     assert seeds(read_preferences(str(tmp_path), split="train[1:]+test")) == [[2, 3], [4, 5], [0, 1]]
     assert len(read_vision_examples("pocket", "sft", split="train[:3]+test[:2]")) == 5
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("train", "test"),
+        ("train-a", "train-b"),
+        ("train[:90%]", "train[90%:]"),
+        ("train[:500]", "train[700:]"),
+        ("train[:-10]", "train[-10:]"),
+        ("train[:-1%]", "train[-1%:]"),
+        ("train[:2]+train[4:]", "train[2:4]+test"),
+    ],
+)
+def test_slices_that_share_no_row_of_any_table(one: str, other: str) -> None:
+    """Checked against datasets' own row numbers in tables of 1 to 60 rows."""
+    assert not may_share_rows(one, other) and not may_share_rows(other, one)
+    for count in range(1, 61) if "[" in one else ():
+        lengths = {"train": count, "test": count}
+        rows = [
+            {(part.splitname, row) for part in parts for row in range(part.from_, part.to)}
+            for parts in (
+                datasets.ReadInstruction.from_spec(split).to_absolute(lengths) for split in (one, other)
+            )
+        ]
+        assert not rows[0] & rows[1]
 
 
 @pytest.mark.parametrize(
@@ -338,6 +414,16 @@ def test_the_default_of_a_card_is_read_as_datasets_reads_it(tmp_path: Path) -> N
         read_preferences(with_card(tmp_path / "d", "- {"))
 
 
+def test_a_card_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 3)
+    write_pairs(tmp_path / "inner", 1)
+    (tmp_path / "inner" / "README.md").write_text("---\nconfigs:\n- config_name: ..\n  default: true\n---\n")
+    assert len(read_preferences(str(tmp_path / "inner"))) == 1
+    for name in (".", ".."):
+        with pytest.raises(InputError, match=rf"--dataset_config {re.escape(name)}: .* no such sub-folder"):
+            read_preferences(str(tmp_path / "inner"), config=name)
+
+
 def test_a_card_of_one_table_in_a_folder_named_otherwise(tmp_path: Path) -> None:
     """As the hub's own: `default`, with files data/train-*."""
     write_table(tmp_path / "data", pair_rows(2), PAIRS, "train-00000-of-00001.parquet")
@@ -363,6 +449,29 @@ def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> N
     (snapshot / "pictures" / "0.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(InputError, match="outside of the dataset's folder"):
         read_preferences(str(snapshot))
+
+
+@pytest.mark.parametrize(
+    ("place", "picture"),
+    [
+        ("datasets--a--b/snapshots/abc", "../../blobs/0.png"),
+        ("datasets--a--b/snapshots/abc", "../other/0.png"),
+        ("datasets--a--b/snapshots", "0.png"),
+        ("mine/snapshots/abc", "0.png"),
+    ],
+)
+def test_blobs_are_reached_by_the_links_of_a_snapshot_alone(tmp_path: Path, place: str, picture: str) -> None:
+    folder = tmp_path / place
+    for path in (folder, folder.parent / "other", folder.parent / "blobs", folder.parents[1] / "blobs"):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "0.png").write_bytes(png(0))
+    blob = (folder.parent if folder.name == "snapshots" else folder.parents[1]) / "blobs" / "0.png"
+    for link in (folder / "0.png", folder.parent / "other" / "0.png"):
+        link.unlink()
+        link.symlink_to(blob)
+    records = [pair(0) | {"chosen": picture}]
+    with pytest.raises(InputError, match=f"points to {picture}, outside of the dataset's folder"):
+        read_preferences(write_records(folder, records, "pairs.jsonl"))
 
 
 def test_bytes_in_parquet_and_hidden_folders(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def _preferences(found: Source) -> Table:
 
 
 def _checked(found: Source, form: Format) -> Table:
-    rows, source, folders = found
+    rows, source, folders, _ = found
     prompt = next((name for name in PROMPT_NAMES if name in rows.column_names), None)
     if prompt is None:
         raise InputError(
@@ -177,7 +177,7 @@ def _checked(found: Source, form: Format) -> Table:
     facts = rows.map(
         check,
         with_indices=True,
-        fn_kwargs={"files": found.state},
+        fn_kwargs={"files": found._replace(rows=rows).state(form.images)},
         remove_columns=rows.column_names,
         features=_OF_ROWS if form.group else FACTS,
         desc=f"checking {source}",

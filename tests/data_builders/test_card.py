@@ -175,5 +175,6 @@ def test_an_upload_takes_the_tables_and_leaves_what_computing_left(
     ]
     assert sorted(kept) == sorted(uploaded)
     earlier = ["pairs/train-00007.parquet", "imagefolder/train/000009.webp", ".gitattributes", "notes.md"]
+    earlier += ["data/train-00000.parquet", "mine.parquet", "mine/pairs/train-00000.parquet"]
     gone = [n for n in earlier if any(fnmatch.fnmatch(n, pattern) for pattern in options["delete_patterns"])]
     assert gone == earlier[:2]

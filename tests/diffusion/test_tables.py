@@ -136,10 +136,12 @@ def test_held_out_files_are_not_taken_for_training_data(tmp_path):
         write_table(tmp_path / "held", pair_rows(1), PAIRS, name)
     with pytest.raises(InputError, match="no parquet file of a split 'train'"):
         read_preferences(str(tmp_path / "held"))
+    write_table(tmp_path / "held", pair_rows(4), PAIRS, "Eval.parquet")
     write_table(tmp_path / "held", pair_rows(2), PAIRS, "pairs.parquet")
     assert len(read_preferences(str(tmp_path / "held"))) == 2
     write_table(tmp_path / "held", pair_rows(3), PAIRS, "train-00000-of-00001.parquet")
     assert len(read_preferences(str(tmp_path / "held"))) == 3
+    assert len(read_preferences(str(tmp_path / "held"), split="eval")) == 4
 
 
 def test_single_images_with_prompts(tmp_path):
