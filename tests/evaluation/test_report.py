@@ -104,6 +104,30 @@ def test_each_quartile_has_a_panel_of_its_own_curves(monkeypatch):
     assert list(chosen) == [0.01, 0.9] and list(rejected) == [0.01, 0.02]
 
 
+def test_held_out_curves_are_dashed_and_named(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "_svg", lambda figure, name, title: drawn.setdefault(name, figure))
+    dpo = [{"step": step, "loss": 1 / step, "rewards/accuracies": 0.6} for step in (1, 2, 3)]
+    dpo += [{"step": 2, "eval_loss": 3.3, "eval_rewards/accuracies": 0.5}, {"step": 3, "eval_loss": 12.0}]
+    sft = [{"step": step, "loss": 0.5} for step in (1, 2)]
+    figures.training_curves({"dpo": dpo, "sft": sft})
+    training, held_out, other = drawn["training-loss"].axes[0].lines
+    assert list(training.get_ydata()) == [1, 1 / 2, 1 / 3] and training.get_linestyle() == "-"
+    assert held_out.get_xydata().tolist() == [[2, 3.3], [3, 12.0]] and held_out.get_linestyle() == "--"
+    assert training.get_color() == held_out.get_color() != other.get_color()
+    [legend] = drawn["training-loss"].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dpo", "sft", "held out"]
+    point = drawn["training-rewards/accuracies"].axes[0].lines[1]
+    assert list(point.get_ydata()) == [0.5] and point.get_marker() == ".", "one point is seen, too"
+
+    drawn.clear()
+    figures.training_curves({"dpo": dpo})
+    assert [text.get_text() for text in drawn["training-loss"].legends[0].get_texts()] == ["held out"]
+    drawn.clear()
+    figures.training_curves({"sft": sft})
+    assert not drawn["training-loss"].legends
+
+
 # Every two systems, and sweeps
 
 
