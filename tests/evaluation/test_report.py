@@ -219,6 +219,13 @@ def test_scales_have_a_panel_for_each_guidance(tmp_path):
 # Pictures
 
 
+def test_the_name_of_an_option_is_not_broken_into_lines(tmp_path):
+    write_comparison(tmp_path, [system("base"), system("dpo")], PROMPTS[:2], scores)
+    write_report(tmp_path)
+    page = (tmp_path / "blind.html").read_text()
+    assert "<code>--votes</code>" in page and ".nowrap, code { white-space: nowrap; }" in page
+
+
 OPEN = """
 const log = [], dialog = document.querySelector("dialog"), image = dialog.querySelector("img");
 const buttons = [...document.querySelectorAll("button.picture")];
