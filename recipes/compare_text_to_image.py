@@ -57,7 +57,7 @@ class CompareConfig(ImageScorerOptions, GenerationOptions):
     classes: list[str] | None = option(
         None, "Use only the pocket's captions of these animals (default: all)."
     )
-    num_prompts: int = option(100, "Use the first N prompts.")
+    num_prompts: int | None = option(None, "Use the first N prompts (default: 100, or all if fewer).")
     num_seeds: int = option(2, "Images per prompt and system; each prompt has seeds of its own.")
     seed: int = option(0, "The first prompt's first seed; the others follow.")
     tie: float = option(0.01, "Scores that differ by at most this are a tie.")
@@ -99,10 +99,11 @@ def main(config: CompareConfig) -> None:
     on_pocket = config.prompts == pocket.NAME
     prompts = held_out_captions(config.classes) if on_pocket else text_lines(Path(str(config.prompts)))
     prompts = list(dict.fromkeys(prompts))
-    if len(prompts) < config.num_prompts and state.is_main_process:
-        Console(stderr=True).print(f"{len(prompts)} prompts, fewer than the {config.num_prompts} asked for")
+    number = 100 if config.num_prompts is None else config.num_prompts
+    if config.num_prompts is not None and len(prompts) < number and state.is_main_process:
+        Console(stderr=True).print(f"{len(prompts)} prompts, fewer than the {number} asked for")
     training_runs({}, config.runs)  # so that a folder that is no run ends this before images are generated
-    families, used = config.families, prompts[: config.num_prompts]
+    families, used = config.families, prompts[:number]
     summary = compare(
         {label: generator for variants in families.values() for label, generator in variants.items()},
         used,
@@ -118,7 +119,8 @@ def main(config: CompareConfig) -> None:
     )
     if state.is_main_process:
         report = write_report(config.output_dir, runs=config.runs, shown=config.shown)
-        Console().print(terminal_table(summary), *notes(summary), f"\n{report}", sep="\n")
+        pages = f"\n{report}\n{report.with_name('blind.html')}"
+        Console().print(terminal_table(summary), *notes(summary), pages, sep="\n")
 
 
 if __name__ == "__main__":

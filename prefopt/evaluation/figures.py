@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 # matplotlib knows no CSS: these stand-ins are replaced in the SVG's text.
@@ -47,10 +48,11 @@ _RC: dict[Any, Any] = {
     "ytick.color": INK,
     "legend.frameon": False,
 }
-_PANELS = (  # training curves: title, and the metrics drawn in it
-    ("loss", ("loss",)),
-    ("implicit accuracy", ("rewards/accuracies",)),
-    ("reward margin", ("rewards/margins",)),
+_DASHES = (0, (3, 2))
+_PANELS = (  # training curves: title, and the metrics drawn in it, the second one dashed
+    ("loss", ("loss", "eval_loss")),
+    ("implicit accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
+    ("reward margin", ("rewards/margins", "eval_rewards/margins")),
     ("error of winner (line) and loser (dashed)", ("error/chosen", "error/rejected")),
 )
 _QUARTILES = {  # training curves of the errors: title of a panel, and the metrics drawn in it
@@ -174,7 +176,10 @@ def sweep_curves(
 
 
 def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Chart]:
-    """Loss, implicit accuracy, margin and errors, a colour for each run; long runs are smoothed."""
+    """Loss, implicit accuracy, margin and errors, a colour for each run; long runs are smoothed.
+
+    What was measured on held-out rows is dashed, and the legend says so.
+    """
     logged = {metric for lines in runs.values() for line in lines for metric in line}
     charts = [_panel(title, metrics, runs) for title, metrics in _PANELS if logged & set(metrics)]
     if logged & {metric for metrics in _QUARTILES.values() for metric in metrics}:
@@ -190,7 +195,9 @@ def _panel(title: str, metrics: Sequence[str], runs: Mapping[str, Sequence[Mappi
         if "rewards/accuracies" in metrics:
             axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
         axes.set_xlabel("step")
-        _run_legend(figure, axes, runs)
+        logged = {metric for lines in runs.values() for line in lines for metric in line}
+        held_out = any(metric.startswith("eval_") for metric in logged.intersection(metrics))
+        _run_legend(figure, axes, runs, held_out=held_out)
     return _svg(figure, f"training-{metrics[0]}", f"Training: {title}")
 
 
@@ -218,16 +225,19 @@ def _run_curves(
 ) -> None:
     """A colour for each run; its first metric as a line, its second one dashed."""
     for i, (name, lines) in enumerate(runs.items()):
-        for style, metric in zip(("-", (0, (3, 2))), metrics, strict=False):
+        for style, metric in zip(("-", _DASHES), metrics, strict=False):
             label = name if style == "-" else None
             _curve(axes, lines, metric, color=_LINES[i % len(_LINES)], linestyle=style, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
-def _run_legend(figure: Figure, axes: Axes, runs: Mapping) -> None:
-    if len(runs) > 1:
-        handles, labels = axes.get_legend_handles_labels()
+def _run_legend(figure: Figure, axes: Axes, runs: Mapping, held_out: bool = False) -> None:
+    """The runs by colour, if there are several, and that dashed curves are `held_out`, if they are."""
+    handles, labels = axes.get_legend_handles_labels() if len(runs) > 1 else ([], [])
+    if held_out:
+        handles, labels = [*handles, Line2D([], [], color=INK, linestyle=_DASHES)], [*labels, "held out"]
+    if handles:
         figure.legend(handles, [_short(label) for label in labels], loc="outside upper right", ncols=3)
 
 
@@ -235,6 +245,8 @@ def _curve(axes: Axes, lines: Sequence[Mapping[str, float]], metric: str, **styl
     points = np.array([(line["step"], line[metric]) for line in lines if metric in line], dtype=float)
     if len(points) == 0:
         return
+    if len(points) == 1:
+        style["marker"] = "."  # a line needs two points
     window = max(1, len(points) // 40)
     if window > 1:
         axes.plot(*points.T, **{**style, "label": None}, linewidth=0.5, alpha=0.35)

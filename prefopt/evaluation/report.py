@@ -99,12 +99,13 @@ def write_report(
 
 
 def terminal_table(summary: dict) -> Table:
-    """Each system's means, its change to the first, and how often it wins by each score."""
+    """Each system's means, its change to the first, and how often it wins; above it, if they are too few."""
     headline = headlines(summary)
     won = {metric: told["title"] for metric, told in headline.items() if told["kind"] == "score"}
     gaps = gaps_to_first(summary)
     titles = [told["title"] for told in headline.values()]
-    shown = Table("system", *titles, *(f"wins without ties ({title})" for title in won.values()))
+    wins = [f"wins without ties ({title})" for title in won.values()]
+    shown = Table("system", *titles, *wins, title=words.too_few(summary["groups"]))
     for name, system in summary["systems"].items():
         cells = []
         for metric, told in headline.items():
@@ -114,8 +115,8 @@ def terminal_table(summary: dict) -> Table:
                 gap = gaps[name][metric]["difference"]
                 cells[-1] += f"  {words.change(gap['mean'], kind)}"
                 cells[-1] += f" ({words.bare(gap['low'], kind)} to {words.bare(gap['high'], kind)})"
-        wins = [gaps.get(name, {}).get(metric) for metric in won]
-        rates = [words.percent(gap["wins"]["rate_without_ties"]) if gap else "" for gap in wins]
+        won_by = [gaps.get(name, {}).get(metric) for metric in won]
+        rates = [words.percent(gap["wins"]["rate_without_ties"]) if gap else "" for gap in won_by]
         shown.add_row(name, *cells, *rates)
     return shown
 

@@ -49,7 +49,10 @@ class TrainingRun(NamedTuple):
             for title, names in _SETTINGS.items()
         }
         if options.get("use_peft"):
-            found["LoRA"] = f"rank {options['lora_r']}, alpha {options['lora_alpha']}"
+            start = options.get("adapter_name_or_path")  # whose rank is not among the options
+            sizes = {"rank": options.get("lora_r"), "alpha": options.get("lora_alpha")}
+            given = [f"{title} {size}" for title, size in sizes.items() if size is not None]
+            found["LoRA"] = ", ".join([*([f"from {Path(start).name}"] if start else []), *given])
         found["examples and steps"] = self.config.get("arithmetic", "")
         found |= {name: str(fact) for name, fact in self.config.get("about", {}).items()}
         return {title: text for title, text in found.items() if text}

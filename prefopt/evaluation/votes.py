@@ -116,7 +116,9 @@ def check_votes(
             for name in vote.systems:
                 if name not in identities:
                     raise InputError(
-                        f"{where} is about the system {name!r}; this comparison has {', '.join(identities)}"
+                        f"{where} is about the system {name!r}; this comparison has "
+                        f"{', '.join(identities)}; repeat the command that was voted on, with the same "
+                        "--systems, --guidance_scales and --lora_scales"
                     )
                 if ballot.identities[name] != identities[name]:
                     raise InputError(

@@ -150,13 +150,20 @@ def p_holm(contrast: Mapping) -> str:
     return f"p {p:.2g}" if p >= 0.001 else "p < 0.001"
 
 
+def too_few(count: int, of: str = "prompts") -> str | None:
+    """A caveat if so many prompts are too few to claim anything."""
+    if count >= ENOUGH:
+        return None
+    return f"Too few to claim: {count} {of}, and under {ENOUGH} an interval is narrower than it says."
+
+
 def verdict(contrast: Mapping, count: int, of: str = "prompts") -> str:
     """What can be claimed of so many prompts, and if nothing can, how many would be needed.
 
     Where p is corrected for the number of compared systems, it has to be low, too.
     """
-    if count < ENOUGH:
-        return f"Too few to claim: {count} {of}, and under {ENOUGH} an interval is narrower than it says."
+    if caveat := too_few(count, of):
+        return caveat
     if direction := _direction(contrast):
         side = "above" if contrast["difference"]["low"] > 0 else "below"
         return f"A {'gain' if direction > 0 else 'loss'}: the whole interval is {side} 0."

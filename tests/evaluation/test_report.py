@@ -2,6 +2,7 @@
 
 import csv
 import html
+import io
 import json
 import re
 
@@ -10,11 +11,12 @@ import pandas
 import pytest
 from browser import after
 from comparisons import METRICS, system, write_comparison
+from rich.console import Console
 
 from prefopt.errors import InputError
 from prefopt.evaluation import charts, figures
 from prefopt.evaluation.prompt_table import prompt_table
-from prefopt.evaluation.report import notes, write_report
+from prefopt.evaluation.report import notes, terminal_table, write_report
 from prefopt.evaluation.training_runs import settings_table, training_runs
 
 PROMPTS = [f"prompt {i}" for i in range(5)]
@@ -87,6 +89,19 @@ def test_a_run_s_folder_is_found_and_a_model_s_config_is_none(tmp_path):
         training_runs(systems)
 
 
+@pytest.mark.parametrize(
+    ("options", "lora"),
+    [
+        ({"lora_r": 16, "lora_alpha": 32}, "rank 16, alpha 32"),
+        ({"lora_r": None, "lora_alpha": None, "adapter_name_or_path": "runs/sft/"}, "from sft"),
+        ({"lora_r": None, "lora_alpha": 8, "adapter_name_or_path": "my/lora"}, "from lora, alpha 8"),
+    ],
+)
+def test_the_settings_say_what_the_lora_is(tmp_path, options, lora):
+    [run] = training_runs({}, [run_folder(tmp_path / "dpo", use_peft=True, **options)])
+    assert run.settings["LoRA"] == lora
+
+
 def test_each_quartile_has_a_panel_of_its_own_curves(monkeypatch):
     drawn = {}
     monkeypatch.setattr(figures, "_svg", lambda figure, name, title: drawn.setdefault(name, figure))
@@ -104,7 +119,49 @@ def test_each_quartile_has_a_panel_of_its_own_curves(monkeypatch):
     assert list(chosen) == [0.01, 0.9] and list(rejected) == [0.01, 0.02]
 
 
+def test_held_out_curves_are_dashed_and_named(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "_svg", lambda figure, name, title: drawn.setdefault(name, figure))
+    dpo = [{"step": step, "loss": 1 / step, "rewards/accuracies": 0.6} for step in (1, 2, 3)]
+    dpo += [{"step": 2, "eval_loss": 3.3, "eval_rewards/accuracies": 0.5}, {"step": 3, "eval_loss": 12.0}]
+    sft = [{"step": step, "loss": 0.5} for step in (1, 2)]
+    figures.training_curves({"dpo": dpo, "sft": sft})
+    training, held_out, other = drawn["training-loss"].axes[0].lines
+    assert list(training.get_ydata()) == [1, 1 / 2, 1 / 3] and training.get_linestyle() == "-"
+    assert held_out.get_xydata().tolist() == [[2, 3.3], [3, 12.0]] and held_out.get_linestyle() == "--"
+    assert training.get_color() == held_out.get_color() != other.get_color()
+    [legend] = drawn["training-loss"].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dpo", "sft", "held out"]
+    point = drawn["training-rewards/accuracies"].axes[0].lines[1]
+    assert list(point.get_ydata()) == [0.5] and point.get_marker() == ".", "one point is seen, too"
+
+    drawn.clear()
+    figures.training_curves({"dpo": dpo})
+    assert [text.get_text() for text in drawn["training-loss"].legends[0].get_texts()] == ["held out"]
+    drawn.clear()
+    figures.training_curves({"sft": sft})
+    assert not drawn["training-loss"].legends
+
+
 # Every two systems, and sweeps
+
+
+@pytest.mark.parametrize("number", [19, 20])
+def test_page_and_terminal_say_first_that_prompts_are_too_few(tmp_path, number):
+    few = [f"prompt {i}" for i in range(number)]
+    summary = write_comparison(tmp_path, [system("base"), system("dpo")], few, scores)
+    page = write_report(tmp_path).read_text()
+    terminal = Console(width=160, record=True, file=io.StringIO())
+    terminal.print(terminal_table(summary))
+    told, caveat = (
+        terminal.export_text(),
+        "Too few to claim: 19 prompts, and under 20 an interval is narrower",
+    )
+    if number == 19:
+        assert f'<main>\n<p class="warning">{caveat}' in page
+        assert told.strip().startswith(caveat) and told.count("Too few") == 1
+    else:
+        assert '<p class="warning">Too few' not in page and "Too few" not in told
 
 
 def test_every_other_two_systems_are_compared_directly(tmp_path):
@@ -160,6 +217,13 @@ def test_scales_have_a_panel_for_each_guidance(tmp_path):
 
 
 # Pictures
+
+
+def test_the_name_of_an_option_is_not_broken_into_lines(tmp_path):
+    write_comparison(tmp_path, [system("base"), system("dpo")], PROMPTS[:2], scores)
+    write_report(tmp_path)
+    page = (tmp_path / "blind.html").read_text()
+    assert "<code>--votes</code>" in page and ".nowrap, code { white-space: nowrap; }" in page
 
 
 OPEN = """

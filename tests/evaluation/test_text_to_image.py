@@ -500,6 +500,21 @@ def test_a_sweep_has_a_report_that_opens_with_each_ones_best(models, tmp_path, m
     assert "each at its best" in capsys.readouterr().out
 
 
+def test_the_end_names_both_pages_and_fewer_prompts_only_if_more_were_asked_for(
+    models, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "three.txt").write_text("\n".join(PROMPTS))
+    monkeypatch.chdir(tmp_path)  # so that paths are short, and stay on a line
+    options = tiny_comparison(models) | {"prompts": "three.txt", "num_seeds": 1, "output_dir": "out"}
+    del options["num_prompts"]
+    recipe(monkeypatch, *arguments(options))
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-2:] == ["out/report.html", "out/blind.html"] and "fewer than" not in err
+    assert "Too few to claim: 3 prompts" in " ".join(out.split("base against")[0].split())
+    recipe(monkeypatch, *arguments(options | {"num_prompts": 4}))
+    assert "3 prompts, fewer than the 4 asked for" in capsys.readouterr().err
+
+
 # Votes
 
 

@@ -222,8 +222,9 @@ def test_votes_about_other_images_are_named(tmp_path, changes, message):
 
 def test_votes_of_another_comparison_are_named(tmp_path):
     ballots = read_votes([written(tmp_path / "mine.json", vote())])
-    with pytest.raises(InputError, match="vote 1 is about the system 'dpo'; this comparison has base"):
+    with pytest.raises(InputError, match="about the system 'dpo'; this comparison has base; repeat") as e:
         check_votes(ballots, {"base": IDENTITIES["base"]}, IMAGES)
+    assert str(e.value).endswith("with the same --systems, --guidance_scales and --lora_scales")
     with pytest.raises(InputError, match="of another comparison, whose system 'dpo' has other weights"):
         check_votes(ballots, IDENTITIES | {"dpo": "0" * 64}, IMAGES)
     more = IDENTITIES | {"cpo": "0" * 64}
