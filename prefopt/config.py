@@ -219,6 +219,20 @@ class DatasetArguments:
         None, "A split that is not trained on, which --eval_strategy steps or epoch measures (default: none)."
     )
 
+    def check_splits(self) -> None:
+        """InputError for a test split that is, or may be, trained on."""
+        train, test = self.dataset_train_split, self.dataset_test_split
+        if test is None:
+            return
+        from prefopt.records import may_share_rows  # it imports datasets, which takes a second
+
+        if may_share_rows(train, test):
+            raise InputError(
+                f"--dataset_test_split {test} and --dataset_train_split {train} share rows, or may share "
+                "some; name another split, or slices that do not overlap, both in shares or both in row "
+                "numbers, as train[:90%] and train[90%:]"
+            )
+
 
 @dataclass
 class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
@@ -265,14 +279,4 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
             raise InputError(
                 f"what {self.HOLD_OUT} holds out is there to be measured; add --eval_strategy steps, or epoch"
             )
-        train, test = self.dataset_train_split, self.dataset_test_split
-        if test is None:
-            return
-        from prefopt.records import may_share_rows  # it imports datasets, which takes a second
-
-        if may_share_rows(train, test):
-            raise InputError(
-                f"--dataset_test_split {test} and --dataset_train_split {train} share rows, or may share "
-                "some; name another split, or slices that do not overlap, both in shares or both in row "
-                "numbers, as train[:90%] and train[90%:]"
-            )
+        self.check_splits()

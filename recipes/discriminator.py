@@ -55,6 +55,7 @@ class DiscriminatorConfig(PreferenceConfig, DatasetArguments, ImageArguments):
         if self.eval_strategy != "no":
             raise InputError("--eval_strategy: a discriminator is measured after its last step; leave it out")
         check_paths_exist(self, "model_name_or_path", "dataset_name")
+        self.check_splits()
         check_interval(self, "(0, inf)", "r1_gamma")
         self.check_images()
 
