@@ -54,6 +54,12 @@ class Parser(TrlParser):
         """Raise what is wrong, without a usage text of a hundred lines."""
         raise InputError(message)
 
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse unknown words before the config is made, whose checks may load files or ask the hub."""
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        _refuse_unknown(unknown, list(self._option_string_actions))
+        return namespace, unknown
+
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         """Convert a file's values as a flag's are converted: by the option's type, checked by its choices."""
         for action in self._actions:
@@ -68,7 +74,9 @@ class Parser(TrlParser):
                 values[action.dest] = [value]
             elif isinstance(value, int | float):
                 values[action.dest] = str(value)  # argparse converts a default that is text
-        return super().set_defaults_with_config(**values)
+        unknown = super().set_defaults_with_config(**values)
+        _refuse_unknown(unknown, list(self._option_string_actions))
+        return unknown
 
 
 def parse(config_class: type[Config], arguments: list[str] | None = None) -> Config:
@@ -81,13 +89,8 @@ def parse(config_class: type[Config], arguments: list[str] | None = None) -> Con
         "--config", metavar="FILE", help="a YAML file with values for these options, or a preset by its name"
     )
     try:
-        config, *_, in_file, in_words = parser.parse_args_and_config(
-            _with_one_config(sys.argv[1:] if arguments is None else arguments),
-            return_remaining_strings=True,
-            separate_remaining_strings=True,
-        )
-        _refuse_unknown([*in_words, *in_file], list(parser._option_string_actions))
-        return config
+        words = _with_one_config(sys.argv[1:] if arguments is None else arguments)
+        return parser.parse_args_and_config(words)[0]
     except (ValueError, OSError, TypeError, YAMLError) as error:
         if isinstance(error, InputError):
             raise

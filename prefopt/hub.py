@@ -3,12 +3,14 @@
 Importing this imports no model library.
 """
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from prefopt.errors import InputError
+from prefopt.options import is_local_path
 
 Found = TypeVar("Found")
 
@@ -21,6 +23,8 @@ def adapter_place(adapter: str | Path, *files: str) -> Path:
     """
     if Path(adapter).exists():
         return Path(adapter)
+    if is_local_path(str(adapter)):
+        raise InputError(f"no adapter {str(adapter)!r}: there is no {adapter} here")
     import huggingface_hub
 
     if file := re.fullmatch(r"([^/]+/[^/]+)/([^/]+\.safetensors)", str(adapter)):
@@ -30,13 +34,26 @@ def adapter_place(adapter: str | Path, *files: str) -> Path:
 
 
 def files_at(adapter: str | Path) -> list[str]:
-    """The names of the files in an adapter's folder, or at the top of its hub id; none of their folders."""
+    """The names of the files in an adapter's folder, or at the top of its hub id; none of their folders.
+
+    If the hub cannot be reached, those of a hub id are what was downloaded before.
+    """
     if Path(adapter).is_dir():
         return sorted(path.name for path in Path(adapter).iterdir() if path.is_file())
     import huggingface_hub
+    from httpx2 import ConnectError, TimeoutException
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    names = _from_hub(adapter, lambda: huggingface_hub.list_repo_files(str(adapter)))
-    return sorted(name for name in names if "/" not in name)
+    def listed() -> list[str]:
+        try:
+            return huggingface_hub.list_repo_files(str(adapter))
+        except (ConnectError, TimeoutException, OfflineModeIsEnabled):
+            folder = huggingface_hub.snapshot_download(
+                str(adapter), allow_patterns="*.safetensors", ignore_patterns="*/*", local_files_only=True
+            )
+            return os.listdir(folder)
+
+    return sorted(name for name in _from_hub(adapter, listed) if "/" not in name)
 
 
 def _from_hub(adapter: str | Path, call: Callable[[], Found]) -> Found:

@@ -85,6 +85,14 @@ def check_revision(name_or_path: str, revision: str | None, where: str) -> None:
 
 
 def is_local_path(name: str) -> bool:
-    """Whether a name is a local path for sure: no hub id, and no file of one, `org/name/x.safetensors`."""
-    is_file_of_hub_id = name.count("/") == 2 and name.endswith(".safetensors")
-    return name.startswith((".", "/", "~")) or (name.count("/") > 1 and not is_file_of_hub_id)
+    """Whether a name is a local path for sure: no hub id, and no file of one, `org/name/x.safetensors`.
+
+    One whose first folder is here is a path: a mistyped `runs/dpo` is not what a user `runs` of the hub has.
+    """
+    first, *rest = name.split("/")
+    is_file_of_hub_id = len(rest) == 2 and name.endswith(".safetensors")
+    return (
+        name.startswith((".", "/", "~"))
+        or (len(rest) > 1 and not is_file_of_hub_id)
+        or (len(rest) > 0 and Path(first).is_dir())
+    )

@@ -318,6 +318,24 @@ def test_a_mistyped_option_is_answered_with_the_nearest(words, said):
         parse(TextToImagePairsConfig, words)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--system", "base", "dpo=runs/x"], "--system is no option; did you mean --systems?"),
+        (["--nonsense"], "--nonsense is no option"),
+        (["--config", "FILE"], "--system is no option; did you mean --systems?"),
+    ],
+)
+def test_a_mistyped_option_is_answered_before_a_config_looks_for_anything(words, said, tmp_path, monkeypatch):
+    compare, looked = recipe("compare_text_to_image"), []
+    monkeypatch.setattr(compare.CompareConfig, "__post_init__", lambda self: looked.append(self))
+    config = tmp_path / "options.yaml"
+    config.write_text("system: [base]\n")
+    with pytest.raises(InputError, match=re.escape(said)):
+        parse(compare.CompareConfig, [str(config) if word == "FILE" else word for word in words])
+    assert not looked
+
+
 def test_a_mistyped_key_of_a_file_is_answered_with_the_nearest_option(tmp_path):
     config = tmp_path / "options.yaml"
     config.write_text("batchsize: 3\n")

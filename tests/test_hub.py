@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from httpx import Request, Response
-from huggingface_hub.errors import RepositoryNotFoundError
+from httpx2 import ConnectError
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from running import recipe
 from safetensors.torch import load_file
 from small_adapters import deltas_of, save_random
@@ -25,6 +26,7 @@ from prefopt.diffusion.lora import LOADED, make_trainable
 from prefopt.diffusion.sampling import load_generator, load_pipeline
 from prefopt.errors import InputError
 from prefopt.evaluation.systems import VlmSystem, vlm_systems
+from prefopt.options import check_paths_exist
 from prefopt.vlm.models import add_lora, load_vlm, start_from_lora
 
 NOT_FOUND = Response(404, request=Request("GET", "https://hub"))
@@ -40,9 +42,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
         if name not in repositories:
             raise RepositoryNotFoundError(f"404: there is no {name}", response=NOT_FOUND)
         snapshot = tmp_path / "snapshots" / name
-        snapshot.mkdir(parents=True, exist_ok=True)
         for file in repositories[name].iterdir():
             if wanted(file.name):
+                snapshot.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, snapshot)
         return snapshot
 
@@ -110,13 +112,56 @@ def test_a_hub_id_is_downloaded_no_more_than_needed(hub: Hub, lora: Path) -> Non
 
 
 def test_a_wrong_hub_id_is_named(hub: Hub) -> None:
-    for name in ("org/nothing", "org/nothing/x.safetensors", "./nowhere", "nowhere"):
+    for name in ("org/nothing", "org/nothing/x.safetensors", "nowhere"):
         with pytest.raises(
             InputError, match=rf"no adapter '{name}': no such folder or file is here, and as a"
         ):
             adapter_file(name)
         with pytest.raises(InputError, match=rf"no adapter '{name}': .*404: there is no"):
             adapter_folder(name)
+
+
+def test_a_missing_path_whose_first_folder_is_here_is_no_hub_id(
+    hub: Hub, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/x", "runs/x/my.safetensors", "./nowhere"):
+        hub(name.removesuffix("/my.safetensors"), lora.parent)
+    assert adapter_file("runs/x").is_file(), "without a folder `runs` it is a hub id"
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/x", "runs/x/my.safetensors", "./nowhere"):
+        for find in (adapter_file, adapter_folder):
+            with pytest.raises(InputError, match=f"there is no {name} here"):
+                find(name)
+        with pytest.raises(InputError, match=f"--systems: there is no {name} here"):
+            vlm_systems(["base", f"x={name}"], VlmSystem("pocket"))
+        with pytest.raises(InputError, match=f"--adapter_name_or_path: there is no {name}"):
+            check_paths_exist(LoraArguments(adapter_name_or_path=name), "adapter_name_or_path")
+    with pytest.raises(InputError, match="there is no runs/diffusion_dpo here"):
+        recipe("compare_text_to_image").CompareConfig()
+
+
+@pytest.mark.parametrize("error", [OfflineModeIsEnabled("offline"), ConnectError("no route")])
+def test_a_downloaded_adapter_of_any_name_is_found_without_the_hub(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", unreachable)
+    with pytest.raises(InputError, match=r"no adapter 'org/mine': .*as a hub id it could not be loaded"):
+        adapter_file("org/mine")
+    repository, commit = tmp_path / "cache" / "models--org--mine", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    shutil.copy(lora, snapshot / "mine.safetensors")
+    assert adapter_file("org/mine") == snapshot / "mine.safetensors"
+    shutil.copy(lora, snapshot / "b.safetensors")
+    with pytest.raises(InputError, match=r"org/mine holds 2 safetensors files, b\.safetensors, mine"):
+        adapter_file("org/mine")
 
 
 def test_diffusion_trains_on_and_compares_from_a_hub_id(hub: Hub, lora: Path, stable_diffusion: str) -> None:

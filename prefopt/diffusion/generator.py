@@ -226,7 +226,7 @@ def adapter_file(adapter: str | Path) -> Path:
     Of a folder, or a hub id, it is ADAPTER_FILE if that is there, else the only safetensors file.
     """
     path = adapter_place(adapter, ADAPTER_FILE)
-    if path.is_dir():
+    if not path.is_file():
         standard = path / ADAPTER_FILE
         path = standard if standard.is_file() else adapter_place(f"{adapter}/{_only_file(adapter)}")
     if path.suffix != ".safetensors":

@@ -5,7 +5,7 @@
   const selects = [part("one"), part("other")], sides = [part("left"), part("right")];
   const stored = `prefopt votes ${comparison.key}`;
   const order = location.hash.slice(1);
-  const votes = load();
+  let {ballot, votes} = load();
   let items = [], place = 0, revealed = false;
 
   // A number in [0, 1) that depends on the text alone: what is random here is the same at every visit.
@@ -17,25 +17,32 @@
     return ((hash ^ (hash >>> 16)) >>> 0) / 2 ** 32;
   }
 
+  // The id tells this person's file from those of others who vote alike.
+  function empty() {
+    const bytes = crypto.getRandomValues(new Uint8Array(16));
+    return {ballot: [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join(""), votes: new Map()};
+  }
+
   // Storage may be switched off or full: the votes are then those of this visit.
   function load() {
     try {
-      return new Map(JSON.parse(localStorage.getItem(stored) ?? "[]"));
+      const kept = JSON.parse(localStorage.getItem(stored));
+      return kept?.ballot ? {ballot: kept.ballot, votes: new Map(kept.votes)} : empty();
     } catch {
-      return new Map();
+      return empty();
     }
   }
 
   function save() {
     const all = [...votes.values()];
     try {
-      localStorage.setItem(stored, JSON.stringify([...votes]));
+      localStorage.setItem(stored, JSON.stringify({ballot, votes: [...votes]}));
       part("unsaved").hidden = true;
     } catch {
       part("unsaved").hidden = false;
     }
     const identities = Object.fromEntries(comparison.systems.map((system) => [system.name, system.identity]));
-    const text = JSON.stringify({comparison: identities, votes: all}, null, 1);
+    const text = JSON.stringify({ballot, comparison: identities, votes: all}, null, 1);
     part("download").href = `data:application/json;charset=utf-8,${encodeURIComponent(text)}`;
     part("download").hidden = part("delete").hidden = !all.length;
     part("download").textContent = `Download votes.json (${all.length} vote${all.length === 1 ? "" : "s"})`;
@@ -129,7 +136,7 @@
   part("reveal").addEventListener("click", () => { revealed = true; reveal(); });
   part("delete").addEventListener("click", () => {
     if (!confirm("Delete all votes of this comparison?")) return;
-    votes.clear();
+    ({ballot, votes} = empty());
     save();
     choose();
   });

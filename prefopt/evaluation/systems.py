@@ -115,7 +115,9 @@ def vlm_systems(texts: Sequence[str], base: VlmSystem) -> dict[str, VlmSystem]:
 
 def _at(path: str, base: VlmSystem) -> VlmSystem:
     folder = Path(path)
-    if (folder / ADAPTER_CONFIG).is_file() or not (folder.exists() or is_local_path(path)):
+    if not folder.exists() and is_local_path(path):
+        raise InputError(f"--systems: there is no {path} here")
+    if (folder / ADAPTER_CONFIG).is_file() or not folder.exists():
         return replace(base, adapter=path)
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return replace(base, model=str(folder), revision=None)

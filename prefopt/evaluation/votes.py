@@ -2,11 +2,13 @@
 
 The page blind.html writes them as votes.json:
 
-    {"comparison": {"base": "<identity>", "dpo": "<identity>"},
+    {"ballot": "<id>",
+     "comparison": {"base": "<identity>", "dpo": "<identity>"},
      "votes": [{"systems": ["base", "dpo"], "prompt": "a red lion", "seed": 3, "winner": "dpo"}]}
 
-A `winner` of null is a tie. A system's identity is a hash of its weights and sampler, so votes stay valid
-when a comparison gets more systems, prompts or scorers.
+A `winner` of null is a tie. A ballot's id is random, and the same in all files of one person's votes; a file
+written by hand needs none. A system's identity is a hash of its weights and sampler, so votes stay valid when
+a comparison gets more systems, prompts or scorers.
 """
 
 import json
@@ -39,6 +41,7 @@ class Ballot(NamedTuple):
     file: str
     identities: dict[str, str]  # of the systems that the page showed
     votes: list[Vote]
+    id: str | None = None  # random, of the page; None in a file written by hand
 
 
 def system_identity(system: Mapping[str, Any]) -> str:
@@ -53,8 +56,11 @@ def read_votes(paths: Sequence[str | Path]) -> list[Ballot]:
     """The ballots of the files; what is not as blind.html writes it is an InputError that names the entry."""
     ballots = [_read(Path(path)) for path in paths]
     for one, other in combinations(ballots, 2):
-        if set(one.votes) == set(other.votes):
-            raise InputError(f"{one.file} and {other.file} hold the same votes; name each person's file once")
+        same_file = Path(one.file).resolve() == Path(other.file).resolve()
+        if same_file or (one.id is not None and one.id == other.id):
+            raise InputError(
+                f"--votes: {one.file} and {other.file} are of the same person; name one file for each"
+            )
     return ballots
 
 
@@ -65,11 +71,14 @@ def _read(path: Path) -> Ballot:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}; name what blind.html downloaded") from error
-    if not isinstance(content, dict) or content.keys() != {"comparison", "votes"}:
+    if not isinstance(content, dict) or content.keys() - {"ballot"} != {"comparison", "votes"}:
         raise InputError(
-            f"{path} needs the keys `comparison` and `votes`, and no other; name what blind.html downloaded"
+            f"{path} needs the keys `comparison` and `votes`, may have `ballot`, and no other; name what "
+            "blind.html downloaded"
         )
-    identities, entries = content["comparison"], content["votes"]
+    identities, entries, ballot = content["comparison"], content["votes"], content.get("ballot")
+    if "ballot" in content and not (isinstance(ballot, str) and ballot):
+        raise InputError(f"{path}: `ballot` is {ballot!r}, not an id; leave it out of a file written by hand")
     if not isinstance(identities, dict) or not all(isinstance(value, str) for value in identities.values()):
         raise InputError(f"{path}: `comparison` is not an object of the systems' identities")
     if not isinstance(entries, list) or not entries:
@@ -83,7 +92,7 @@ def _read(path: Path) -> Ballot:
             raise InputError(f"{path}: vote {number} is about the same images as vote {votes[key]}")
         votes[key] = number
         found.append(vote)
-    return Ballot(str(path), identities, found)
+    return Ballot(str(path), identities, found, ballot)
 
 
 def _vote(entry: Any, identities: Mapping[str, str], where: str) -> Vote:

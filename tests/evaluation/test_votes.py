@@ -59,7 +59,7 @@ while (!ballot.hidden) {
   else if (prompt.startsWith("p0")) press(left === wanted ? "ArrowLeft" : "ArrowRight");
   else document.querySelector(`[data-vote=${left === wanted ? "left" : "right"}]`).click();
 }
-log.kept = Object.keys(localStorage).map((key) => JSON.parse(localStorage[key]).length);
+log.kept = Object.keys(localStorage).map((key) => JSON.parse(localStorage[key]).votes.length);
 Storage.prototype.setItem = () => { throw new Error("full"); };
 document.getElementById("back").click();
 press("ArrowDown");
@@ -91,8 +91,9 @@ def test_what_is_voted_in_a_browser_is_read_back_and_counted(tmp_path):
     assert link and "12 votes" in dom
     file = tmp_path / "votes.json"
     file.write_text(unquote(html.unescape(link[1])))
-    assert json.loads(file.read_text()).keys() == {"comparison", "votes"}
+    assert json.loads(file.read_text()).keys() == {"ballot", "comparison", "votes"}
     ballots = read_votes([file])
+    assert re.fullmatch("[0-9a-f]{32}", str(ballots[0].id))
     check_votes(ballots, IDENTITIES, IMAGES)
     counted = tally(ballots, ROWS, METRICS, 0.01, {})
     assert counted["people"] == [{"file": "votes.json", "votes": 12}]
@@ -185,9 +186,11 @@ def test_a_malformed_vote_is_named(tmp_path, votes, message):
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         ("[]", "needs the keys `comparison` and `votes`"),
-        ('{"comparison": {}, "votes": [], "name": "me"}', "needs the keys `comparison` and `votes`, and no"),
+        ('{"comparison": {}, "votes": [], "name": "me"}', "may have `ballot`, and no other"),
         ('{"comparison": [], "votes": []}', "`comparison` is not an object"),
         ('{"comparison": {"base": 1}, "votes": []}', "`comparison` is not an object"),
+        ('{"ballot": null, "comparison": {}, "votes": []}', "`ballot` is None, not an id; leave it out"),
+        ('{"ballot": "", "comparison": {}, "votes": []}', "`ballot` is '', not an id"),
     ],
 )
 def test_a_file_that_is_no_votes_file_is_named(tmp_path, text, message):
@@ -201,9 +204,47 @@ def test_a_file_that_is_no_votes_file_is_named(tmp_path, text, message):
 def test_missing_and_repeated_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"--votes: there is no file .*none\.json"):
         read_votes([tmp_path / "none.json"])
-    one, two = written(tmp_path / "one.json", vote()), written(tmp_path / "two.json", vote())
-    with pytest.raises(InputError, match=r"one\.json and .*two\.json hold the same votes"):
-        read_votes([one, two])
+    one = written(tmp_path / "one.json", vote(), ballot="1")
+    later = written(tmp_path / "later.json", vote(), vote(seed=1), ballot="1")
+    with pytest.raises(InputError, match=r"one\.json and .*later\.json are of the same person; name"):
+        read_votes([one, later])
+    by_hand = written(tmp_path / "by_hand.json", vote())
+    link = tmp_path / "link.json"
+    link.symlink_to(by_hand)
+    with pytest.raises(InputError, match=r"by_hand\.json and .*link\.json are of the same person"):
+        read_votes([by_hand, one, link])
+
+
+def test_people_who_vote_alike_are_counted_each(tmp_path):
+    paged = [written(tmp_path / f"{name}.json", vote(), ballot=name) for name in ("anna", "ben")]
+    by_hand = [written(tmp_path / f"{name}.json", vote()) for name in ("carl", "dora")]
+    counted = tally(read_votes([*paged, *by_hand]), ROWS, METRICS, 0.01, {})
+    assert [pair["wins"] for pair in counted["pairs"]] == [4]
+    assert [person["votes"] for person in counted["people"]] == [1, 1, 1, 1]
+
+
+# The ids of a page: at first, with a vote, as it is kept, and with all votes deleted for the next person.
+IDS = """
+const link = document.getElementById("download");
+const ballot = () => JSON.parse(decodeURIComponent(link.href.split(",")[1])).ballot;
+const ids = [ballot()];
+document.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowDown"}));
+ids.push(ballot(), ...Object.values(localStorage).map((kept) => JSON.parse(kept).ballot));
+window.confirm = () => true;
+document.getElementById("delete").click();
+ids.push(ballot());
+const pre = Object.assign(document.createElement("pre"), {id: "log", textContent: JSON.stringify(ids)});
+document.body.append(pre);
+"""
+
+
+def test_a_ballot_keeps_its_id_until_its_votes_are_deleted(tmp_path):
+    write_comparison(tmp_path, SYSTEMS, PROMPTS, scores)
+    write_report(tmp_path)
+    found = re.search(r'<pre id="log">(.*?)</pre>', after(tmp_path / "blind.html", IDS))
+    assert found
+    first, voted, kept, deleted = json.loads(html.unescape(found[1]))
+    assert first == voted == kept != deleted
 
 
 @pytest.mark.parametrize(

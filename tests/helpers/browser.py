@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def after(page: Path, script: str) -> str:

@@ -109,7 +109,7 @@ def test_a_typed_critic_whose_mind_is_elsewhere_is_told(setting: dict, tmp_path:
     [
         ({"systems": ["base"]}, "needs 2 systems or more, not 1"),
         ({"systems": ["base", "base"]}, "'base' is named twice among the systems"),
-        ({"systems": ["base", "x=./nowhere"]}, "nowhere holds neither an adapter nor a model"),
+        ({"systems": ["base", "x=./nowhere"]}, "--systems: there is no ./nowhere here"),
         ({"systems": ["base", "=x"]}, "has no name"),
         ({"model_name_or_path": "./nowhere"}, "there is no ./nowhere"),
         ({"dataset_name": None}, "--dataset_name is missing: only the model `pocket` has a default for it"),
