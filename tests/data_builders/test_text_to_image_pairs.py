@@ -413,6 +413,13 @@ def test_a_score_that_is_not_finite_makes_its_candidate_invalid(workplace):
     assert ranks == {True}
 
 
+def test_a_question_that_needs_a_detector_is_named(workplace, tmp_path):
+    (tmp_path / "own.yaml").write_text("- {name: there, check: presence, polarity: positive}")
+    said = r"own\.yaml: the question 'there' needs a detector; name a --detector, an option of self_rewarding"
+    with pytest.raises(InputError, match=said):
+        main(settings(workplace, "detector", rubric=str(tmp_path / "own.yaml")), Lazy("unused", Broken))
+
+
 def test_without_arguments_the_pocket_generates_images_of_160_of_its_captions():
     assert TextToImagePairsConfig().prompts == "pocket" and TextToImagePairsConfig().num_prompts == 160
 
