@@ -112,7 +112,9 @@ def judge_words(text: str) -> dict[str, Any]:
     check_revision(name, judge["revision"], where)
     rubric = judge["rubric"] = Rubric.load(judge["rubric"])
     if rubric.checks or rubric.needs_class:
-        what = f"{rubric.checks[0].name} is a detector's" if rubric.checks else "it asks about {class}"
+        what = "it asks about {class}"
+        if rubric.checks:
+            what = f"the question {rubric.checks[0].name!r} needs a detector"
         raise InputError(f"{where}: the rubric {rubric.name} does not fit, {what}; pairs have a prompt alone")
     return judge
 

@@ -74,7 +74,7 @@ def main(config: TextToImagePairsConfig, judge: Lazy[Judge] | None = None) -> No
         judge=judge or judge_of(config, rubric, device),
         discriminator=discriminating_judge(config, device),
         select=select_pairs(config.pair_options),
-        selection="the images of the pairs",
+        selection="the best soft score of each prompt that has a pair",
         names={
             "judge": str(config.judge_url or config.judge_model_name_or_path),
             "discriminator": config.discriminator_name_or_path or "",

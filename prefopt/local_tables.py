@@ -48,7 +48,14 @@ def table_folder(source: str, config: str | None) -> Path:
     if name and _is_folder_name(name) and (place / name).is_dir():
         return place / name
     if name and named != [name]:
-        raise InputError(f"--dataset_config {name}: {source} has no such sub-folder; its tables are {tables}")
+        more = (
+            "; a builder that has --exports writes the tables it names"
+            if (place / "BUILD.json").is_file()
+            else ""
+        )
+        raise InputError(
+            f"--dataset_config {name}: {source} has no such sub-folder; its tables are {tables}{more}"
+        )
     if not name and (len(named) > 1 or (place / "BUILD.json").is_file()):
         raise InputError(f"{source} holds several tables; name one with --dataset_config: {tables}")
     return place

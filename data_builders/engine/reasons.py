@@ -6,7 +6,6 @@ SCORE_NOT_FINITE = "score not finite"
 LOWER = "a lower score"
 UNDETECTED = "no detection"
 LESS_SURE = "detected less surely"
-UNPAIRED = "in no pair"
 NO_MARGIN = "no margin"
 SAME_IMAGE = "same image twice"
 TOO_FEW = "no second image"
@@ -18,7 +17,6 @@ SENTENCES = {
     LOWER: "another image of the prompt has a higher score",
     UNDETECTED: "the detector did not find the class, or not surely enough",
     LESS_SURE: "the detector is surer of the class on another image with the same hard score",
-    UNPAIRED: "the pairs of this prompt were made of other images",
     NO_MARGIN: "the scores of this prompt's images differ too little for a pair",
     SAME_IMAGE: "the images that would make a pair are identical",
     TOO_FEW: "the prompt has no second valid image to compare with",

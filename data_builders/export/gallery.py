@@ -42,7 +42,6 @@ class Shown:
     judges: set[str] = field(default_factory=set)
     discriminators: set[str] = field(default_factory=set)
     is_calibrated: bool = False  # whether any answer about an empty image counts
-    selected_are_paired: bool = True  # whether the selected images are those of the pairs
 
 
 def write_gallery(
@@ -111,7 +110,6 @@ def _shown(groups: Iterable[Group], tally: Tally, limit: int, thumbnail: int) ->
 def _count(found: Shown, group: Group) -> None:
     """Add a prompt to the counts of the whole build."""
     rows = group.candidates
-    paired = {id(row) for pair in group.pairs for row in (pair.chosen, pair.rejected)}
     found.total += 1
     found.candidates += len(rows)
     found.selected += any(row["selected"] for row in rows)
@@ -121,7 +119,6 @@ def _count(found: Shown, group: Group) -> None:
         found.judges |= {row.get("judge") or ""} - {""}
         found.discriminators |= {row.get("discriminator") or ""} - {""}
         found.is_calibrated |= any(row.get("empty_log_odds") or ())
-        found.selected_are_paired &= bool(row["selected"]) == (id(row) in paired)
 
 
 def _prompt(group: Group, rubric: Rubric, thumbnail: int) -> Record:
@@ -155,8 +152,6 @@ def _pairs_in_words(margins: list[float]) -> str:
 def _statuses(candidates: list[Record], shown: Shown) -> dict[str, tuple[str, int]]:
     """What images can be filtered by: what it is called, and how many shown images have it."""
     counts = Counter(status for candidate in candidates for status in candidate["statuses"])
-    if shown.selected_are_paired:
-        del counts["selected"], counts["not-selected"]  # as chosen or rejected, and unpaired
     if not shown.pairs:
         del counts["unpaired"]
     return {name: (told, counts[name]) for name, told in STATUSES.items() if counts[name]}

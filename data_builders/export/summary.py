@@ -92,7 +92,7 @@ class Summary:
         }
 
     def dropped(self) -> dict[str, dict[str, int]]:
-        """Prompts and candidates that are in no export, by reason."""
+        """Prompts without a selected image, and candidates that are invalid or not selected, by reason."""
         return {
             "prompts": dict(sorted((self.without + self.left_out).items())),
             "invalid": dict(sorted(self.invalid.items())),

@@ -98,7 +98,8 @@ class Build:
         start, config, folder = perf_counter(), self.config, Path(self.config.output_dir)
         if self.rubric.checks and self.detector is None:
             raise InputError(
-                f"--rubric {config.rubric}: {self.rubric.checks[0].name} is a detector's; name a --detector"
+                f"--rubric {config.rubric}: the question {self.rubric.checks[0].name!r} needs a detector; "
+                "name a --detector, an option of self_rewarding.py"
             )
         if state.is_main_process and (said := replaced(folder, asdict(config))):
             print(said, flush=True)

@@ -15,7 +15,6 @@ from data_builders.engine.reasons import (
     SAME_IMAGE,
     TOO_FEW,
     UNDETECTED,
-    UNPAIRED,
 )
 from data_builders.engine.stages import NOT_SELECTED, Pair, Record, Stage, by_prompt, is_valid
 from prefopt.judges.rubric import best
@@ -88,15 +87,17 @@ def select_optimal(threshold: float | None, *, soft_decides: bool = False) -> St
 
 
 def select_pairs(options: PairOptions) -> Stage:
-    """The stage that selects each prompt's candidates that are in a pair."""
+    """The stage that selects each prompt's best candidate, all if they tie, if the prompt has a pair.
+
+    The best is never a pair's rejected one, so `sft` holds images to imitate alone.
+    """
 
     def stage(records: Iterable[Record]) -> Iterator[Record]:
         for group in by_prompt(records):
-            made = pairs(group, options)
-            paired = [record for pair in made for record in (pair.chosen, pair.rejected)]
-            reason = UNPAIRED if made else _why_none(group, options)
+            has_pair = bool(pairs(group, options))
+            reason = LOWER if has_pair else _why_none(group, options)
             for record in group:
-                selected = any(record is other for other in paired)
+                selected = has_pair and record["rank"] == 1
                 yield _decided(record, selected, "" if selected or not is_valid(record) else reason)
 
     return stage

@@ -8,6 +8,7 @@ gains nothing by it. A question with `soft: log_odds` counts d itself: of a rewa
 images is what it has to say, and tanh is flat where its rewards lie (judges/reward.py).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from graphlib import CycleError, TopologicalSorter
@@ -24,6 +25,7 @@ RUBRICS = Path(__file__).with_name("rubrics")
 Polarity = Literal["positive", "negative"]
 Check = Literal["presence", "count", "colour"]  # a detector's, data_builders/images/detector_checks.py
 Soft = Literal["tanh", "log_odds"]  # what is made of d
+PLACEHOLDERS = ("{class}", "{prompt}")  # what a text's braces may hold
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Rubric:
             for need in item.needs:
                 if need not in by_name:
                     raise InputError(
-                        f"the rubric {self.name}: {item.name} needs {need!r}, which is none of its "
+                        f"the rubric {self.name}: {item.name!r} needs {need!r}, which is none of its "
                         f"questions; they are {', '.join(by_name)}"
                     )
         try:
@@ -194,6 +196,11 @@ def _item(entry: Any, where: str) -> Item:
         raise InputError(f"{where} has no name")
     if not isinstance(text, str) or bool(text) == bool(check):
         raise InputError(f"{where} ({name}) needs a text for a judge or a check for a detector, one of them")
+    if strange := [part for part in re.findall(r"\{[^{}]*\}", text) if part not in PLACEHOLDERS]:
+        raise InputError(
+            f"{where} ({name}): the text has {strange[0]}, and nothing is filled in for it; write "
+            f"{' or '.join(PLACEHOLDERS)}, or no braces"
+        )
     if check is not None and check not in get_args(Check):
         raise InputError(f"{where} ({name}): the check is {check!r}; it is {', '.join(get_args(Check))}")
     if entry.get("polarity") not in get_args(Polarity):

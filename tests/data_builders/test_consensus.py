@@ -402,6 +402,13 @@ def test_wrong_options_are_named(tmp_path, changes, said):
         settings(tmp_path, **changes)
 
 
+def test_a_question_that_needs_a_detector_is_named(tmp_path):
+    rubric = tmp_path / "own.yaml"
+    rubric.write_text("- {name: there, check: presence, polarity: positive}")
+    with pytest.raises(InputError, match="own does not fit, the question 'there' needs a detector; pairs"):
+        settings(tmp_path, judges=[f"a rubric={rubric}"])
+
+
 def test_one_model_under_two_names_is_an_error(tmp_path):
     with pytest.raises(InputError, match="'red' and 'green' are one model with the same questions"):
         build(settings(tmp_path, judges=["red", "green"]), Colour(0), Colour(0))

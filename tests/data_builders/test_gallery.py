@@ -310,17 +310,6 @@ def test_every_image_says_which_pairs_it_is_in(tmp_path):
     assert 'data-widest="11.2"' in page
 
 
-def test_where_the_selected_images_are_those_of_the_pairs_they_are_not_named_twice(tmp_path):
-    rows = [row | {"selected": row["rank"] in (1, 3)} for row in three_prompts()[0]]
-    rows[1]["not_selected_reason"] = "in no pair"
-    _, root = written(tmp_path, [rows])
-    assert "✓ selected" not in root.text and "yes, selected" not in root.text
-    assert "In no pair: the pairs of this prompt were made of other images." in root.text
-    assert [option.attributes["value"] for option in root.all("option")][3:8] == [
-        *("", "chosen", "rejected", "unpaired", "invalid"),
-    ]
-
-
 def test_a_discriminator_s_part_and_a_reward_are_explained(tmp_path):
     scenes = held_out_scenes()
     ranked_twice = {"discriminator": "real-or-not", "discriminator_score": 1.25, "soft_score": -1.5}
@@ -333,7 +322,7 @@ def test_a_discriminator_s_part_and_a_reward_are_explained(tmp_path):
         in next(root.all("candidate")).text
     )
     reward = candidate(scenes[0], 0, "y", rank=1) | {"questions": ["preferred"], "empty_log_odds": [0.0]}
-    _, root = written(tmp_path, [[reward]], Rubric.load("reward"))
+    _, root = written(tmp_path, [[reward]], Rubric.load("reward"), selection="the best soft score")
     assert "How surely the judge answers yes, as log-odds." in root.text
     assert "hard score" not in root.text and "empty image" not in root.text
 

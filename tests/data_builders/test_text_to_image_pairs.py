@@ -18,7 +18,7 @@ from builds import build_of, calls, check_is_a_dataset, header_of
 from launching import torchrun
 from PIL import Image
 
-from data_builders.engine.reasons import NO_MARGIN, SAME_IMAGE, TOO_FEW, UNPAIRED
+from data_builders.engine.reasons import LOWER, NO_MARGIN, SAME_IMAGE, TOO_FEW
 from data_builders.engine.stages import Group, flow, in_threads, is_valid
 from data_builders.engine.tables import PAIRS
 from data_builders.export import writers
@@ -90,8 +90,8 @@ def test_stages_compose_and_an_invalid_record_carries_its_reason():
     colours = [(50, 40), None, (90, 40), (70, 40), (60, 80), (0, 0), (20, 80), (60, 80)]
     rows = judged(["blue 40", "blue 80"], colours, candidates=4)
     assert [row["rank"] for row in rows] == [3, None, 1, 2, 1, None, 3, 1]
-    assert [row["selected"] for row in rows] == [True, False, True, False, True, False, True, False]
-    assert reasons(rows) == ["", "not finite", "", UNPAIRED, "", "black", "", UNPAIRED]
+    assert [row["selected"] for row in rows] == [False, False, True, False, True, False, False, True]
+    assert reasons(rows) == [LOWER, "not finite", "", LOWER, "", "black", LOWER, ""]
     assert rows[1].get("image") is None and rows[5]["image"] is not None
     with Image.open(io.BytesIO(rows[2]["image"]["bytes"])) as image:
         assert image.format == "WEBP" and image.getpixel((3, 3)) == (90, 0, 40)
@@ -104,9 +104,8 @@ def test_a_tie_gives_no_pair():
     assert set(reasons(tied)) == {NO_MARGIN} and {row["rank"] for row in tied} == {1}
     close = judged(["blue 9"], [(50, 9), (52, 9)], candidates=2, min_margin=3)
     assert set(reasons(close)) == {NO_MARGIN}
-    assert all(row["selected"] for row in select_pairs(PairOptions(min_margin=2.0))(close)), (
-        "a selection is decided anew"
-    )
+    anew = select_pairs(PairOptions(min_margin=2.0))(close)
+    assert [row["selected"] for row in anew] == [False, True], "a selection is decided anew"
     alone = judged(["blue 9"], [(50, 9), (0, 0)], candidates=2)
     assert reasons(alone) == [TOO_FEW, "black"]
     apart = judged(["blue 9"], [(50, 9), (51, 9), (52, 9)], candidates=3)
@@ -255,7 +254,7 @@ def test_a_build_is_whole_and_says_what_it_did(workplace):
     assert len(blocks_of(folder)) == BLOCKS and build["run"]["processes"] == 1
     assert calls(folder) == [21, 21]
     pairs = build["rows"]["pairs"]
-    assert sum(pairs.values()) == sum(row["selected"] for row in rows) / 2 == 7
+    assert sum(pairs.values()) == sum(row["selected"] for row in rows) == 7
     assert all(row["height"] == row["width"] == 16 and row["model_identity"] for row in rows)
     card = (folder / "README.md").read_text()
     assert "| rows | 7 pairs |" in card and "1 duplicate" in card
@@ -306,6 +305,32 @@ def test_the_same_command_loads_nothing_and_neither_does_another_selection(workp
         main(settings(workplace, "whole", min_margin=1000.0))
     main(settings(workplace, "whole"))
     assert candidates_of(folder) == before
+
+
+@pytest.mark.parametrize("rule", ["best_worst", "adjacent", "all"])
+def test_no_rejected_image_is_there_to_imitate(workplace, rule):
+    """The images of `sft` and `imagefolder` are each prompt's best, and the figures say so."""
+    shutil.copytree(workplace / "whole", workplace / rule)
+    folder, exports = workplace / rule, ["sft", "imagefolder", "pairs"]
+    main(settings(workplace, rule, exports=exports, pair_rule=rule, test_fraction=0.0))
+    best = {}
+    for row in candidates_of(folder):
+        if row["rank"] == 1:
+            best[row["prompt"]] = row
+    (file,) = (folder / "sft").iterdir()
+    imitated = {row["prompt"]: row["image"]["bytes"] for row in pq.read_table(file).to_pylist()}
+    assert imitated == {prompt: row["image"]["bytes"] for prompt, row in best.items()} and len(best) == 7
+    files = {path.read_bytes() for path in (folder / "imagefolder").rglob("*.webp")}
+    assert files == set(imitated.values())
+    (file,) = (folder / "pairs").iterdir()
+    assert not files & {row["rejected"]["bytes"] for row in pq.read_table(file).to_pylist()}
+    build, mean = build_of(folder), np.mean([row["judge_score"] for row in best.values()])
+    assert build["figures"]["mean_soft_score_of_selected"] == pytest.approx(mean, abs=1e-4)
+    assert build["figures"]["prompts_with_selected"] == {"of no class": 7}
+    assert build["selection"] == "the best soft score of each prompt that has a pair"
+    page = (folder / "gallery.html").read_text()
+    assert "The best soft score of each prompt that has a pair." in page
+    assert page.count("&#10003; selected") == 7
 
 
 def test_the_gallery_shows_the_pairs_if_a_table_holds_them(workplace):
@@ -386,6 +411,13 @@ def test_a_score_that_is_not_finite_makes_its_candidate_invalid(workplace):
     }
     ranks = {row["rank"] is None for row in candidates_of(workplace / "broken") if row["invalid_reason"]}
     assert ranks == {True}
+
+
+def test_a_question_that_needs_a_detector_is_named(workplace, tmp_path):
+    (tmp_path / "own.yaml").write_text("- {name: there, check: presence, polarity: positive}")
+    said = r"own\.yaml: the question 'there' needs a detector; name a --detector, an option of self_rewarding"
+    with pytest.raises(InputError, match=said):
+        main(settings(workplace, "detector", rubric=str(tmp_path / "own.yaml")), Lazy("unused", Broken))
 
 
 def test_without_arguments_the_pocket_generates_images_of_160_of_its_captions():

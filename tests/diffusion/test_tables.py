@@ -382,7 +382,10 @@ def test_a_table_is_named_among_those_of_a_builders_folder(tmp_path):
     assert len(read_sft(str(tmp_path), config="sft")) == 1
     with pytest.raises(InputError, match="several tables; name one with --dataset_config: pairs, sft"):
         read_preferences(str(tmp_path))
-    with pytest.raises(InputError, match=r"--dataset_config ranked: .* its tables are pairs, sft"):
+    with pytest.raises(
+        InputError,
+        match=r"--dataset_config ranked: .* its tables are pairs, sft; a builder that has --exports",
+    ):
         read_preferences(str(tmp_path), config="ranked")
 
 

@@ -141,9 +141,9 @@ def test_weights_that_cannot_be_are_named(text, said):
 
 def test_questions_name_class_and_prompt(tmp_path):
     file = tmp_path / "r.yaml"
-    file.write_text("- {name: a, text: 'Is {class} in {prompt}? {other}', polarity: positive}\n")
+    file.write_text("- {name: a, text: 'Is {class} in {prompt}?', polarity: positive}\n")
     (question,) = Rubric.load(str(file)).questions("ele{x}phant", "a {class} here")
-    assert question.text == "Is ele{x}phant in a {class} here? {other}"
+    assert question.text == "Is ele{x}phant in a {class} here?"
 
 
 def written(folder, items):
@@ -156,7 +156,7 @@ def written(folder, items):
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([("a", ["b"])], r"a needs 'b', which is none of its questions"),
+        ([("a", ["b"])], r"'a' needs 'b', which is none of its questions"),
         ([("a", ["b"]), ("b", ["c"]), ("c", ["a"])], r"needs go in a circle"),
         ([("a", ["a"])], r"needs go in a circle"),
         ([("a", []), ("a", [])], r"names two questions 'a'"),
@@ -179,6 +179,12 @@ def test_a_rubric_that_cannot_be_is_an_error(tmp_path, items, message):
         ("- {name: a, text: Ask, check: count, polarity: positive}", "one of them"),
         ("- {name: a, check: smell, polarity: positive}", "the check is 'smell'"),
         ("- {name: a, text: Ask}", "polarity is None"),
+        (
+            "- {name: first, text: 'Of {class}?', polarity: positive}\n"
+            "- {name: shown, text: 'Of {prompt}, {promt}?', polarity: positive}",
+            r"broken\.yaml, question 2 \(shown\): the text has \{promt\}, .* write \{class\} or \{prompt\}",
+        ),
+        ("- {name: a, text: 'A { prompt }?', polarity: positive}", r"the text has \{ prompt \}"),
         ("- {name: a, text: Ask, polarity: good}", "polarity is 'good'"),
         ("- {name: a, text: Ask, polarity: positive, weight: -1}", "the weight is -1"),
         ("- {name: a, text: Ask, polarity: positive, wieght: 1}", "unknown entry 'wieght'"),
