@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefopt.adapters import ADAPTER_FILE, CONFIG_FILE, adapter_folder
-from prefopt.diffusion.generator import ADAPTER_FILE as DIFFUSION_FILE
 from prefopt.diffusion.generator import adapter_file
 from prefopt.errors import InputError
 from prefopt.files import replacing, reporting_write_errors, write_atomically
+from prefopt.hub import ADAPTER_FILE as DIFFUSION_FILE
 from prefopt.hub import adapter_place
 
 _PEFT = "base_model.model."  # what every name in peft's files begins with

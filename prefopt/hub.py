@@ -12,6 +12,8 @@ from typing import TypeVar
 from prefopt.errors import InputError
 from prefopt.options import is_local_path
 
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # of a diffusion model, as diffusers calls it
+
 Found = TypeVar("Found")
 
 

@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 
 from prefopt.adapters import ADAPTER_FILE as PEFT_FILE
 from prefopt.config import PreferenceConfig
-from prefopt.diffusion.generator import ADAPTER_FILE
 from prefopt.files import public_name, write_atomically
+from prefopt.hub import ADAPTER_FILE
 from prefopt.options import COMMON_OPTIONS
 from prefopt.runs import VALIDATION_STRIPS, read_metrics, versions
 

@@ -10,8 +10,8 @@ from small_adapters import edit_config, edit_tensors, save_random
 
 from prefopt.adapters import ADAPTER_FILE, CONFIG_FILE
 from prefopt.averaging import average_adapters
-from prefopt.diffusion.generator import ADAPTER_FILE as DIFFUSION_FILE
 from prefopt.errors import InputError
+from prefopt.hub import ADAPTER_FILE as DIFFUSION_FILE
 
 A, B = "base_model.model.narrow.lora_A.weight", "base_model.model.narrow.lora_B.weight"
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -23,8 +23,8 @@ from tiny import tiny_adapter
 from data_builders.text_to_image_pairs import TextToImagePairsConfig
 from prefopt import cli
 from prefopt.cli import BAD_INPUT, parse, run
-from prefopt.diffusion.generator import ADAPTER_FILE
 from prefopt.errors import InputError
+from prefopt.hub import ADAPTER_FILE
 
 DPO, SFT = recipe("diffusion_dpo"), recipe("diffusion_sft")
 CONFIGS = {DPO: DPO.DiffusionDPOConfig, SFT: SFT.DiffusionSFTConfig}

@@ -21,11 +21,12 @@ from data_builders.prompts.captions import parse_sources
 from prefopt.adapters import POLICY, adapter_folder
 from prefopt.averaging import average_adapters
 from prefopt.config import LoraArguments
-from prefopt.diffusion.generator import ADAPTER_FILE, Generator, adapter_file
+from prefopt.diffusion.generator import Generator, adapter_file
 from prefopt.diffusion.lora import LOADED, make_trainable
 from prefopt.diffusion.sampling import load_generator, load_pipeline
 from prefopt.errors import InputError
 from prefopt.evaluation.systems import VlmSystem, vlm_systems
+from prefopt.hub import ADAPTER_FILE
 from prefopt.options import check_paths_exist
 from prefopt.vlm.models import add_lora, load_vlm, start_from_lora
 

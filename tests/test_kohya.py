@@ -15,10 +15,11 @@ from small_adapters import deltas_of, error, save_random
 
 from prefopt.adapters import POLICY
 from prefopt.diffusion.families import FAMILIES
-from prefopt.diffusion.generator import ADAPTER_FILE, Generator
+from prefopt.diffusion.generator import Generator
 from prefopt.diffusion.lora import LOADED, save_weights
 from prefopt.diffusion.sampling import load_generator
 from prefopt.errors import InputError
+from prefopt.hub import ADAPTER_FILE
 from prefopt.kohya import write_kohya
 
 STOCK = {"stable_diffusion": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

@@ -12,8 +12,8 @@ from pictures import write_pairs
 from running import logged
 
 from prefopt.cli import INTERRUPTED
-from prefopt.diffusion.generator import ADAPTER_FILE
 from prefopt.files import exclusive_lock
+from prefopt.hub import ADAPTER_FILE
 
 DPO = "recipes/diffusion_dpo.py"
 STEPS = 12

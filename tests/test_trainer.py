@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prefopt.adapters import POLICY, REFERENCE, adapter_layers
-from prefopt.diffusion.generator import ADAPTER_FILE
 from prefopt.errors import InputError
 from prefopt.files import content_key
+from prefopt.hub import ADAPTER_FILE
 from prefopt.records import in_test
 from prefopt.reference import adapters_off
 

@@ -12,10 +12,9 @@ from typing import Literal
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import file_key, named_files_key, used_variant, variant_of
-from prefopt.hub import adapter_place, files_at
+from prefopt.hub import ADAPTER_FILE, adapter_place, files_at
 from prefopt.options import check_interval, check_paths_exist, check_revision, option
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 MODEL_FILE = "model_index.json"
 
 # What a text about a generator may change, and of which type it is.

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from prefopt.adapters import POLICY, REFERENCE, adapter_layers, apply_options, lora_config
 from prefopt.config import LoraArguments
-from prefopt.diffusion.generator import ADAPTER_FILE, adapter_file
+from prefopt.diffusion.generator import adapter_file
 from prefopt.errors import InputError
+from prefopt.hub import ADAPTER_FILE
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 LOADED = "sampled"  # the name under which a pipeline holds an adapter to sample with

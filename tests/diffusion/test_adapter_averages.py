@@ -15,8 +15,8 @@ from torch import Tensor
 
 from prefopt.adapters import adapter_layers
 from prefopt.averaging import average_adapters
-from prefopt.diffusion.generator import ADAPTER_FILE
 from prefopt.diffusion.lora import LOADED, load_adapter, save_weights
+from prefopt.hub import ADAPTER_FILE
 
 MIXED: list[dict[str, Any]] = [
     {"r": 2, "lora_alpha": 3, "use_rslora": True, "alpha_pattern": {"to_q": 1}},

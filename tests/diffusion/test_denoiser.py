@@ -18,11 +18,12 @@ from torch import Tensor
 from prefopt.adapters import POLICY, REFERENCE, adapter_layers, lora_config
 from prefopt.config import LoraArguments
 from prefopt.diffusion.denoiser import Denoiser, denoising_metrics
-from prefopt.diffusion.generator import ADAPTER_FILE, Generator
+from prefopt.diffusion.generator import Generator
 from prefopt.diffusion.lora import add_lora, set_adapter_scale, start_from_lora
 from prefopt.diffusion.sampling import load_generator, load_pipeline
 from prefopt.diffusion.schedule import DiscreteSchedule, Times
 from prefopt.errors import InputError
+from prefopt.hub import ADAPTER_FILE
 
 STEPS = 1000
 

@@ -25,11 +25,11 @@ from prefopt.diffusion.discriminator import (
     load_discriminator,
 )
 from prefopt.diffusion.families import family_of
-from prefopt.diffusion.generator import ADAPTER_FILE
 from prefopt.diffusion.lora import WEIGHTS_FILE
 from prefopt.diffusion.sampling import load_pipeline
 from prefopt.errors import InputError
 from prefopt.evaluation.discrimination import calibration_error, discrimination, ordered_strip
+from prefopt.hub import ADAPTER_FILE
 from prefopt.judges.loading import load_judge
 from prefopt.judges.questions import Case
 from prefopt.judges.rubric import Rubric

@@ -18,10 +18,11 @@ from torch import Tensor
 from prefopt.adapters import POLICY, lora_config
 from prefopt.config import LoraArguments
 from prefopt.diffusion.denoiser import Denoiser
-from prefopt.diffusion.generator import ADAPTER_FILE, Generator
+from prefopt.diffusion.generator import Generator
 from prefopt.diffusion.lora import LOADED, add_lora, make_trainable
 from prefopt.diffusion.sampling import load_generator, load_pipeline
 from prefopt.errors import InputError
+from prefopt.hub import ADAPTER_FILE
 
 STOCK = {"stable_diffusion": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 SCALINGS: dict[str, dict[str, Any]] = {

@@ -14,10 +14,11 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from prefopt.diffusion.generator import ADAPTER_FILE, Generator, Sampler
+from prefopt.diffusion.generator import Generator, Sampler
 from prefopt.diffusion.lora import set_adapter_scale
 from prefopt.diffusion.sampling import load_generator, load_pipeline, sample
 from prefopt.errors import InputError
+from prefopt.hub import ADAPTER_FILE
 from prefopt.judges.clip import ClipScorer
 
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 3.0}

@@ -10,10 +10,11 @@ from running import logged, train
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from prefopt.diffusion.generator import ADAPTER_FILE, Sampler
+from prefopt.diffusion.generator import Sampler
 from prefopt.diffusion.lora import load_adapter
 from prefopt.diffusion.sampling import load_pipeline, sample
 from prefopt.errors import InputError
+from prefopt.hub import ADAPTER_FILE
 
 PROMPTS = ["two red lions", "one $blue$ <zebra> at night"]
 
