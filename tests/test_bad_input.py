@@ -482,4 +482,3 @@ def test_a_busy_machine_is_named_unless_the_threads_are_chosen(load, threads, ad
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     assert ("load 6.5 on 2 cores" in cli.busy_machine()) == advised
-    assert os.environ["OMP_WAIT_POLICY"], "set before torch is loaded"

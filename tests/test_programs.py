@@ -181,3 +181,23 @@ def test_an_installed_wheel_lists_helps_and_trains(wheel, tmp_path):
         *accelerate, *settings, "-m", "prefopt", "diffusion_dpo", "--config", "diffusion_dpo_pocket", *options
     )
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("given", "spin"), [({}, "20000"), ({"OMP_WAIT_POLICY": "active"}, None)], ids=str)
+def test_threads_that_wait_give_way_before_torch_is_loaded(given, spin):
+    """Guards: OpenMP's threads that spin for 100 ms beside other programs."""
+    code = (
+        "import os, sys\n"
+        "class Look:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('GOMP_SPINCOUNT')); sys.stdout.flush(); os._exit(0)\n"
+        "sys.meta_path.insert(0, Look())\n"
+        "import prefopt.cli, torch\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", *given)}
+    clean.pop("OMP_WAIT_POLICY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == str(spin), done.stderr
