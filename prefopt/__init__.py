@@ -71,9 +71,8 @@ _PUBLIC = {
     "judges.questions": "Answer Case Judge Question ask",
     "judges.rubric": "Rubric",
     "losses": "ListLoss Pair PreferenceLoss cpo_loss discriminator_loss dpo_loss every_pair hinge_loss "
-    "ipo_loss mapo_loss over_pairs plackett_luce_loss rank_dpo_loss realism_loss "
-    "reward_metrics robust_dpo_loss "
-    "sft_loss simpo_loss",
+    "ipo_loss mapo_loss over_pairs plackett_luce_loss rank_dpo_loss realism_loss reward_metrics "
+    "robust_dpo_loss sft_loss simpo_loss",
     "objectives": "Batch Loss Objective ObjectiveOptions Scored make_objective objective_of pairwise "
     "supervised",
     "reference": "frozen_copy",

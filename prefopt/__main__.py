@@ -8,9 +8,7 @@ import sys
 from importlib.metadata import version
 
 from prefopt.errors import InputError
-from prefopt.programs import BUILDERS, PRESETS, RECIPES, find_program, programs, summary
-
-BAD_INPUT = 2  # the exit code
+from prefopt.programs import BAD_INPUT, BUILDERS, PRESETS, RECIPES, find_program, programs, summary
 
 
 def main() -> None:

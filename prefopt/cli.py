@@ -30,10 +30,9 @@ from yaml import YAMLError
 from prefopt.errors import InputError
 from prefopt.files import exclusive_lock
 from prefopt.options import COMMON_OPTIONS
-from prefopt.programs import find_config
+from prefopt.programs import BAD_INPUT, INTERRUPTED, find_config
 
 Config = TypeVar("Config")
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
 
 class Parser(TrlParser):

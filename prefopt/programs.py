@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prefopt.errors import InputError
 
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = ROOT / "prefopt_recipes"
 RECIPES = INSTALLED if INSTALLED.is_dir() else ROOT / "recipes"

@@ -25,7 +25,7 @@ from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.progress import progress_bar
 from prefopt.store import TensorStore, tensors_key
-from prefopt.visits import Identified, VisitDataset, where
+from prefopt.visits import Identified, Wrapped
 
 BLOCK = 64  # items of one entry: few enough to lose little when killed, many enough for small indices
 
@@ -88,23 +88,17 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
 # Cached scores
 
 
-class CachedReference(VisitDataset):
+class CachedReference(Wrapped):
     """A dataset whose examples carry `reference`, their stored reference scores of shape (k,).
 
     `items` are those whose scores are stored (default: all), in the order of the stored blocks.
     """
 
     def __init__(self, examples: Any, store: TensorStore, items: Sequence[int] | None = None):
-        self.examples, self.store = examples, store
+        super().__init__(examples)
+        self.store = store
         self.items = range(len(examples)) if items is None else items
         self._place = None if items is None else {item: place for place, item in enumerate(items)}
-
-    def where(self, index: int) -> str:
-        """What an error calls the example `index`."""
-        return where(self.examples, index)
-
-    def __len__(self) -> int:
-        return len(self.examples)
 
     def __getitem__(self, index_and_visit: tuple[int, int]) -> dict[str, Any]:
         index, visit = index_and_visit

@@ -52,16 +52,11 @@ def where(examples: object, item: int) -> str:
     return examples.where(item) if isinstance(examples, Located) else f"item {item}"
 
 
-class ByIndex(VisitDataset):
-    """Any dataset whose examples are mappings, read by index; the examples get `item` and `visit`.
+class Wrapped(VisitDataset):
+    """The examples of another dataset, with their number and their names for errors."""
 
-    `item` is the index, unless the dataset has an `item` of its own.
-    """
-
-    def __init__(self, examples: Indexed):
+    def __init__(self, examples: Any):
         self.examples = examples
-        if isinstance(examples, Identified):
-            self.identity = examples.identity
 
     def where(self, index: int) -> str:
         """What an error calls the example `index`."""
@@ -69,6 +64,18 @@ class ByIndex(VisitDataset):
 
     def __len__(self) -> int:
         return len(self.examples)
+
+
+class ByIndex(Wrapped):
+    """Any dataset whose examples are mappings, read by index; the examples get `item` and `visit`.
+
+    `item` is the index, unless the dataset has an `item` of its own.
+    """
+
+    def __init__(self, examples: Indexed):
+        super().__init__(examples)
+        if isinstance(examples, Identified):
+            self.identity = examples.identity
 
     def __getitem__(self, index_and_visit: tuple[int, int]) -> dict[str, Any]:
         index, visit = index_and_visit

@@ -88,10 +88,12 @@ def test_no_import_goes_in_a_circle(depth):
     for name, path in modules.items():
         needs = {room(other) for other in imported(path) & (modules.keys() - set(FOLDERS))}
         graph.setdefault(room(name), set()).update(needs - {room(name)})
+    circle = None
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+        circle = " -> ".join(error.args[1])
+    assert circle is None and len(graph) > 20
 
 
 def test_the_two_wings_do_not_know_each_other():

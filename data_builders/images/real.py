@@ -25,7 +25,7 @@ from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.local_tables import folder_state, table_folder
 from prefopt.pocket.world import PHRASINGS, caption, render, train_scenes
-from prefopt.records import load, read_split, refuse_options
+from prefopt.records import Source, load, read_split, refuse_options
 from prefopt.vlm.cells import encoded_images
 
 NO_IMAGE, DUPLICATE, NO_TEXT = "no image", "duplicate", "no text"
@@ -81,6 +81,7 @@ class RealImages:
     rows: Dataset
     columns: tuple[str, ...]  # of the images
     folder: Path | None  # which no path in a cell may leave
+    state: str  # changes with any file that the images are read from
     records: list[Record] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -110,14 +111,16 @@ def read_real(
     row without a text is left out. Of the `number`, those without an image and those repeated are left out,
     too. A missing column, a score that is no number, and a table of which nothing remains is an InputError.
     """
-    rows, source, folder = _rows(source, split, config, revision, number, seed)
+    found = _rows(source, split, config, revision, number, seed)
+    rows, source = found.rows, found.name
     columns = tuple(name for name in IMAGES if name in rows.column_names)
     if not columns:
         raise InputError(
             f"{source}: no column {' or '.join(map(repr, IMAGES))}; its columns are {rows.column_names}. Of "
             "a table of URLs, as COYO's, download the images first, with img2dataset"
         )
-    real = RealImages(source, rows, columns, folder)
+    folder = found.folders[0] if found.folders else None
+    real = RealImages(source, rows, columns, folder, found.state(columns))
     facts = _facts(rows)
     _check_columns(source, rows, facts, limits, with_text)
     passing = islice(_passing(real, facts, limits, with_text), number)
@@ -141,17 +144,17 @@ def read_real(
 
 def _rows(
     source: str, split: str, config: str | None, revision: str | None, number: int | None, seed: int
-) -> tuple[Dataset, str, Path | None]:
+) -> Source:
     if source == pocket.NAME:
         refuse_options(source, config=config, revision=revision)
         rows = read_split(split, lambda name: _pocket_rows(name, number or len(train_scenes()), seed))
-        return rows, source, None
+        return Source(rows, source, ())
     folder = table_folder(source, config).resolve()
     if folder.is_dir() and (shards := sorted(folder.rglob("*.tar"))):
         refuse_options(source, revision=revision)
-        return read_split(split, lambda name: _shard_rows(folder, shards, name)), str(folder), folder
-    found = load(source, split=split, config=config, revision=revision)
-    return found.rows, found.name, found.folders[0] if found.folders else None
+        rows = read_split(split, lambda name: _shard_rows(folder, shards, name))
+        return Source(rows, str(folder), (folder,))
+    return load(source, split=split, config=config, revision=revision)
 
 
 def _pocket_rows(split: str, number: int, seed: int) -> Dataset:
@@ -261,7 +264,7 @@ def _with_keys(real: RealImages, records: list[Record]) -> list[Record]:
         fn_kwargs={
             "columns": real.columns,
             "folder": str(real.folder or ""),
-            "files": folder_state(real.folder) if real.folder else "",
+            "files": real.state,
         },
         remove_columns=rows.column_names,
         features=datasets.Features(key=datasets.Value("string")),

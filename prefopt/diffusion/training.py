@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -58,10 +58,7 @@ def train(
         state.print(
             "this run reads no example twice: --encode live would encode each in its step and keep nothing"
         )
-    pipeline, denoiser, (examples, *held_out) = prepare(config, tables)
-    encode_in_step = None
-    if config.encode == "live":
-        encode_in_step = EncodeInStep(encoder_of(config, config, pipeline, denoiser.family))
+    pipeline, denoiser, (examples, *held_out), encode_in_step = prepare(config, tables)
     frozen = objective.needs_reference and not config.use_peft and config.reference == "live"
     adversarial = config.discriminator_mode == "adversarial"
     trainer = PreferenceTrainer(
@@ -98,8 +95,17 @@ def read_tables(config: DiffusionConfig, read: Callable[..., Table]) -> list[Tab
     return [tables[0].first(config.max_train_samples), *tables[1:]]
 
 
-def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> tuple[Any, Denoiser, Sequence[Candidates]]:
-    """The pipeline, the denoiser to train in it and each table's examples.
+class Prepared(NamedTuple):
+    """What a run trains, and on what."""
+
+    pipeline: Any
+    denoiser: Denoiser  # of the pipeline
+    examples: Sequence[Candidates]  # of each table
+    encode_in_step: EncodeInStep | None  # None: the examples are encoded
+
+
+def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> Prepared:
+    """Load the model, make what is trained trainable, and encode each table's examples.
 
     The frozen parts are freed once all is encoded; if there are prompts for validation they wait on the CPU.
 
@@ -122,13 +128,13 @@ def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> tuple[Any, Deno
         *(make(table=table, **chances) for table in others),
     ]
     if config.encode == "live":
-        return pipeline, denoiser, examples
+        return Prepared(pipeline, denoiser, examples, EncodeInStep(encoder))
     if config.validation_prompts:
         for part in _frozen(denoiser.family):
             getattr(pipeline, part).to("cpu")
     else:
         free(pipeline, denoiser.family)
-    return pipeline, denoiser, examples
+    return Prepared(pipeline, denoiser, examples, None)
 
 
 def _base(config: DiffusionConfig, **options: Any) -> Any:

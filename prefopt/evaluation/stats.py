@@ -23,10 +23,6 @@ class Difference:
     level: float
     groups: int  # how many were resampled: prompts, or rows where no groups were given
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 @dataclass(frozen=True)
 class WinRate:

@@ -186,15 +186,6 @@ def _row(asked: Asked) -> dict[str, Any]:
     }
 
 
-def alternatives(row: Mapping[str, Any]) -> dict[str, bool]:
-    """All answers that a row's question has about any picture, and whether each is right for this one."""
-    question, right = row["prompt"][-1]["content"], row["completion"][-1]["content"]
-    answers = answers_to(question)
-    if right not in answers:
-        raise InputError(f"{right!r} is no answer to {question!r} in the pocket's questions")
-    return {answer: answer == right for answer in answers}
-
-
 def answers_to(question: str) -> tuple[str, ...]:
     """All answers that a question has about any picture, in order; none for a question of others."""
     return _answers().get(question, ())

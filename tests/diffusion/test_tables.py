@@ -118,7 +118,9 @@ def as_preferences(folder: Path) -> str:
     ],
 )
 def test_every_format_reads_alike(tmp_path, write):
-    check_pairs(read_preferences(write(tmp_path / "data")))
+    table = read_preferences(write(tmp_path / "data"))
+    assert len(table) == COUNT and not table.dropped
+    check_pairs(table)
 
 
 def test_a_split_is_chosen_by_name(tmp_path):

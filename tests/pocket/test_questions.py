@@ -14,7 +14,7 @@ from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.pocket import questions, world
 from prefopt.pocket.drawing import COLOURS
-from prefopt.pocket.questions import Duo, alternatives, ask, duos, is_right, pair_rows, qa_rows, render_duo
+from prefopt.pocket.questions import Duo, answers_to, ask, duos, is_right, pair_rows, qa_rows, render_duo
 from prefopt.pocket.world import Scene
 from prefopt.vlm.examples import VisionExamples
 
@@ -110,18 +110,17 @@ def test_rows_are_what_the_trainers_read(rows):
     assert rows[0]["images"][0].format == "PNG" and rows["kind"][:5] == list(questions.KINDS)
 
 
-def test_alternatives_hold_the_right_answer_once(rows):
+def test_a_question_has_other_answers_and_the_right_one_once(rows):
     for one in rows:
-        found = alternatives(one)
-        assert sum(found.values()) == 1 and len(found) >= 10
-        assert [is_right(one, answer) for answer in found] == list(found.values())
+        right, found = one["completion"][-1]["content"], answers_to(one["prompt"][-1]["content"])
+        assert found.count(right) == 1 and len(found) >= 10
+        assert [answer for answer in found if is_right(one, answer)] == [right]
     # Two counts in five places; and of 12 answers with a colour as many.
-    place = alternatives(row("Where are the zebras?", "two zebras by the lake"))
-    assert len(place) == 10 and "one zebra at night" in place
-    assert len(alternatives(row("Which colour are the zebras?", "two blue zebras by the lake"))) == 60
-    assert len(alternatives(row("How many zebras are there?", "No zebras by the lake"))) == 15
-    with pytest.raises(InputError, match=r"'four zebras' is no answer to 'Where are the zebras\?'"):
-        alternatives(row("Where are the zebras?", "four zebras"))
+    place = answers_to("Where are the zebras?")
+    assert len(place) == 10 and "one zebra at night" in place and "four zebras" not in place
+    assert len(answers_to("Which colour are the zebras?")) == 60
+    assert len(answers_to("How many zebras are there?")) == 15
+    assert answers_to("Who is there?") == ()
 
 
 @pytest.mark.parametrize("answer", ["two zebras by the lake", " Two  zebras, by the lake.\n"])
@@ -155,7 +154,7 @@ def test_a_pair_is_the_right_answer_and_one_that_is_nearly_it():
         assert pair["prompt"] == answer["prompt"] and pair["images"] == answer["images"]
         assert pair["chosen"] == answer["completion"]
         rejected = pair["rejected"][0]["content"]
-        assert alternatives(answer)[rejected] is False
+        assert rejected in answers_to(answer["prompt"][-1]["content"]) and not is_right(answer, rejected)
         apart[len(set(rejected.split()) - set(pair["chosen"][0]["content"].split()))] += 1
     assert apart[1] > 40, "one word in most of them"
     assert pair_rows("test", 3)[2] == pairs[2], "a pure function of split and number"
