@@ -4,9 +4,10 @@
     python scripts/trust/campaign.py --only flags readers --sample 50
 
 Each input ends in a clear error (one message that names what is wrong and says what to do, exit code 2), or
-is accepted by a stated rule. Everything else is a fault: a traceback, more than a minute or 4 GB, a message that does
-not name what is wrong, a result that is silently wrong, a valid input refused. Faults are printed in full, and
-the exit code is 1. The tables are in inputs/; --sample takes as many of each as it says, by --seed.
+is accepted by a stated rule. Everything else is a fault: a traceback, more than a minute or 4 GB, a message
+that does not name what is wrong, a result that is silently wrong, a valid input refused. Faults are printed
+in full, and the exit code is 1. The tables are in inputs/; --sample takes as many of each as it says, by
+--seed.
 """
 
 # ruff: noqa: E402 (the environment comes first)

@@ -14,6 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -189,11 +190,8 @@ def _ending(trial: Trial, code: int, printed: str) -> str:
 
 def table(outcomes: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
     """A row of counts for each table of trials, and one of all."""
-    rows = []
-    for name, of_table in [
-        *outcomes.items(),
-        ("all", [one for of_table in outcomes.values() for one in of_table]),
-    ]:
+    rows, everything = [], list(chain.from_iterable(outcomes.values()))
+    for name, of_table in {**outcomes, "all": everything}.items():
         counts = Counter(outcome.ending for outcome in of_table)
         rows.append(
             {"inputs": name, "tried": len(of_table)}
