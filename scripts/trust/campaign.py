@@ -18,6 +18,7 @@ import os
 import random
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -49,8 +50,9 @@ def trials_of(name: str, world: World) -> list[Trial]:
     """The trials of a table, in its order; two of one name are an error."""
     trials: Callable[[World], Iterator[Trial]] = import_module(f"inputs.{name}").trials
     found = list(trials(world))
-    if len({trial.name for trial in found}) < len(found):
-        raise ValueError(f"inputs/{name}.py names two trials alike")
+    twice = [name for name, count in Counter(trial.name for trial in found).items() if count > 1]
+    if twice:
+        raise ValueError(f"inputs/{name}.py names two trials {twice[0]!r}")
     return found
 
 

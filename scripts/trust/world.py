@@ -63,8 +63,13 @@ class World:
         """A finished build of text_to_image_pairs.py: two prompts, two images each."""
         return self.folder / "build"
 
+    @property
+    def comparison(self) -> Path:
+        """A finished comparison of the base with `run`: two prompts, one seed."""
+        return self.folder / "comparison"
+
     def options(self, name: str) -> dict[str, Any]:
-        """Options of the smallest run of a training recipe that works."""
+        """Options of the smallest run of a program that works."""
         if name.startswith("vlm_"):
             return {"model_name_or_path": self.vlm, "dataset_name": self.vision_pairs} | SMALL_RUN
         if name.startswith("diffusion_"):
@@ -84,6 +89,15 @@ class World:
                 "num_inference_steps": 2,
                 "height": 16,
                 "width": 16,
+            }
+        if name == "compare_text_to_image":
+            return {
+                "model_name_or_path": self.diffusion,
+                "clip_model_name_or_path": "pocket",
+                "systems": ["base", f"dpo={self.run}"],
+                "prompts": self.folder / "prompts.txt",
+                "num_seeds": 1,
+                "num_inference_steps": 2,
             }
         raise KeyError(name)
 
@@ -112,5 +126,5 @@ def _make(world: World) -> None:
     two_steps = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     for name, output in (("diffusion_dpo", world.run), ("vlm_dpo", world.vlm_run)):
         program(name, {**world.options(name), **two_steps, "output_dir": output})(world.folder)
-    build = {**world.options("text_to_image_pairs"), "output_dir": world.build}
-    program("text_to_image_pairs", build)(world.folder)
+    for name, output in (("text_to_image_pairs", world.build), ("compare_text_to_image", world.comparison)):
+        program(name, {**world.options(name), "output_dir": output})(world.folder)
