@@ -37,7 +37,7 @@ def _prompts(world: World) -> Iterator[Trial]:
         "a byte order mark": (b"\xef\xbb\xbfa lion\na bird\n", ()),
         "CRLF": (b"a lion\r\na bird\r\n", ()),
         "duplicates": (b"a lion\na lion\na bird\n", ()),
-        "one of 100,000 characters": (b"lion " * 20_000, ()),
+        "one of 100,000 characters": (b"lion " * 20_000, ("tokens", "shorten")),
         "markup": (b"<script>alert(1)</script>\n{{ 7 * 7 }} {prompt} %s\n", ()),
     }
     for name, (content, says) in contents.items():
@@ -225,7 +225,11 @@ def _runs(world: World) -> Iterator[Trial]:
                 shutil.copytree(world.comparison, folder / "run")
                 program(COMPARE, world.options(COMPARE) | {"runs": folder / "trained"})(folder)
 
-            yield Trial(f"runs: {file} is {how}", act, (r"trained.*" + file.replace(".", r"\."),))
+            # A run shorter than its --logging_steps has logged nothing, and its settings are shown; of a torn
+            # last line the same is true.
+            fine = file == "metrics.jsonl" and how in ("empty", "{", "deep")
+            says = () if fine else (r"trained.*" + file.replace(".", r"\."),)
+            yield Trial(f"runs: {file} is {how}", act, says)
     for name, place in (("nothing", "nowhere"), ("a build", world.build)):
         act = program(COMPARE, world.options(COMPARE) | {"runs": place})
         yield Trial(f"runs: {name}", act, ("nowhere|build",))
