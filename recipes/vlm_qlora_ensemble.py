@@ -44,9 +44,6 @@ class VlmEnsembleConfig(VlmConfig):
     output_dir: str | None = option("runs/vlm_qlora_ensemble", "Folder for adapters, checkpoints and logs.")
     learning_rate: float | None = RATES.option()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
 
 def main(config: VlmEnsembleConfig):
     """Read, train, save, average; the averages."""

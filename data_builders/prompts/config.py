@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from prefopt.errors import InputError
-from prefopt.options import check_paths_exist, option
+from prefopt.options import check_options, check_paths_exist, option, shown
 
 
 @dataclass
@@ -34,7 +34,16 @@ class PromptOptions:
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         # Hours of other work come before these are read.
         check_paths_exist(self, "writer_model_name_or_path", "prompts")
-        if not self.classes or len(set(self.classes)) < len(self.classes):
-            raise InputError(f"--classes is {self.classes}; name one or more, each once")
+        if not self.classes:
+            raise InputError("--classes is empty; name one or more")
+        for number, name in enumerate(self.classes):
+            if not any(map(str.isalnum, name)) or name != name.strip():
+                raise InputError(
+                    f"--classes has {shown(name)}; a class is a name, with a letter or digit and no space at "
+                    "its ends"
+                )
+            if name.casefold() in map(str.casefold, self.classes[:number]):
+                raise InputError(f"--classes names {shown(name)} twice; prompts tell classes by their names")
