@@ -113,7 +113,10 @@ def judge_words(text: str) -> dict[str, Any]:
     if judge["dtype"] not in (dtypes := ("float32", "bfloat16", "float16")):
         raise InputError(f"{where}: dtype is {judge['dtype']!r}; choose from {', '.join(dtypes)}")
     check_revision(name, judge["revision"], where)
-    rubric = judge["rubric"] = Rubric.load(judge["rubric"])
+    try:
+        rubric = judge["rubric"] = Rubric.load(judge["rubric"])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     if rubric.checks or rubric.needs_class:
         what = "it asks about {class}"
         if rubric.checks:

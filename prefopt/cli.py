@@ -123,6 +123,8 @@ def _single(value: Any, where: str, action: argparse.Action, types: set[Any]) ->
         raise InputError(
             f"{where} is {str(value).lower()}; it is {'a number' if numeric else 'text, in quotes'}"
         )
+    if bool in types and not isinstance(value, bool):
+        value = str(value)  # yes, 1, ... as a flag's
     if isinstance(value, int | float) and not isinstance(value, bool) and not numeric:
         raise InputError(f"{where} is the number {value}; if text is meant, write it in quotes: '{value}'")
     if isinstance(value, str) and callable(action.type):

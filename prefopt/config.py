@@ -87,6 +87,7 @@ class PreferenceConfig(TrainingArguments):
     def __post_init__(self) -> None:
         check_options(self)
         check_trainer_options(self)
+        self.report_to = self.report_to or "none"
         # Without an accelerator, half precision is the CPU's own affair; transformers wants to be told.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.early_stopping_patience is not None:
@@ -224,8 +225,9 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
         LoraArguments.__post_init__(self)
         if not self.model_name_or_path:
             raise InputError("--model_name_or_path is missing; name a folder or a hub id")
+        check_paths_exist(self, "model_name_or_path")
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name")
-        check_paths_exist(self, "model_name_or_path", "dataset_name", "adapter_name_or_path")
+        check_paths_exist(self, "dataset_name", "adapter_name_or_path")
         self._check_evaluation()
         if self.adapter_name_or_path and not self.use_peft:
             raise InputError("--adapter_name_or_path trains that adapter; leave out --no_use_peft")

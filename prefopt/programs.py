@@ -49,14 +49,14 @@ def find_config(option: str, name_or_path: str, beginning: str = "") -> Path:
     if os.path.exists(path) and not path.is_dir():
         return path
     presets = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
-    name = name_or_path.removesuffix(".yaml")
+    name, shown = name_or_path.removesuffix(".yaml"), name_or_path[:200]
     if name in presets:
         return presets[name]
     if path.name != name_or_path:
-        raise InputError(f"--{option}: no file {name_or_path[:300]}; name a YAML file of options")
+        raise InputError(f"--{option}: no file {shown}; name a YAML file of options")
     own = [preset for preset in presets if beginning and preset.startswith(beginning)]
     raise InputError(
-        f"--{option}: no file {name_or_path[:300]}, and no preset of this name; "
+        f"--{option}: no file {shown}, and no preset of this name; "
         f"{_nearest(name, list(presets))}presets: {', '.join(own or presets)}"
     )
 

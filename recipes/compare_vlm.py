@@ -75,8 +75,9 @@ class CompareVlmConfig(CriticOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_paths_exist(self, "model_name_or_path")
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name")
-        check_paths_exist(self, "model_name_or_path", "dataset_name")
+        check_paths_exist(self, "dataset_name")
         if self.load_in_4bit and find_spec("bitsandbytes") is None:
             raise InputError('--load_in_4bit needs bitsandbytes: pip install "prefopt[bitsandbytes]"')
         if not self.critic and (self.pairwise or self.rubric):

@@ -83,8 +83,9 @@ class SelfCritiqueConfig(HubOptions):
     def __post_init__(self) -> None:
         check_options(self)
         self.check_hub()
+        check_paths_exist(self, "model_name_or_path")
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name")
-        check_paths_exist(self, "dataset_name", "model_name_or_path", "adapter", "critic_adapter")
+        check_paths_exist(self, "dataset_name", "adapter", "critic_adapter")
         check_paths_exist(self, "critic_templates")
         if not self.critic_url:
             check_paths_exist(self, "critic_name_or_path")

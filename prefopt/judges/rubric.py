@@ -85,7 +85,7 @@ class Rubric:
         """The rubric of a YAML file, or one of ours by its name: `class_conditional`."""
         own = {file.stem: file for file in sorted(RUBRICS.glob("*.yaml"))}
         path = own.get(name_or_path, Path(name_or_path))
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise InputError(
                 f"there is no rubric {shown(name_or_path)}; name a YAML file, or one of {', '.join(own)}"
             )
@@ -112,13 +112,16 @@ class Rubric:
         parts = [text.partition("=") for text in weights]
         given = {name: weight for name, _, weight in parts}
         if len(given) < len(weights) or not all("=" in text for text in weights):
-            raise InputError(f"question weights {' '.join(weights)}: write name=weight, each name once")
+            raise InputError(f"--question_weights {' '.join(weights)}: write name=weight, each name once")
         names = [item.name for item in self.items]
         if unknown := [name for name in given if name not in names]:
             raise InputError(
-                f"{unknown[0]!r} is no question of the rubric {self.name}: they are {', '.join(names)}"
+                f"--question_weights: {unknown[0]!r} is no question of the rubric {self.name}: they are "
+                + ", ".join(names)
             )
-        weighed = {name: _weight(_number(text), f"{name}={text}") for name, text in given.items()}
+        weighed = {
+            name: _weight(_number(text), f"--question_weights {name}={text}") for name, text in given.items()
+        }
         items = (replace(item, weight=weighed.get(item.name, item.weight)) for item in self.items)
         return type(self)(self.name, tuple(items))
 

@@ -127,7 +127,7 @@ def test_a_rubric_is_weighed_anew():
     ("text", "said"),
     [
         ("mood=2", "'mood' is no question of the rubric class_conditional: they are realistic"),
-        ("anatomy", "question weights anatomy: write name=weight, each name once"),
+        ("anatomy", "--question_weights anatomy: write name=weight, each name once"),
         ("anatomy=", "anatomy=: the weight is ''"),
         ("anatomy=much", "anatomy=much: the weight is 'much'; it is a number"),
         ("anatomy=0", "anatomy=0: the weight is 0.0"),

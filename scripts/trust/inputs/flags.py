@@ -19,8 +19,15 @@ from prefopt.options import check_number, option_types, range_of
 from prefopt.programs import BUILDERS, RECIPES, programs
 
 VALUES = ("nan", "inf", "-1", "0", "1e30", "9" * 400, "much", "", "1 2")
-# Numbers in their range that need other options, too.
-WITH_OTHERS = {"likelihood_weight", "simpo_gamma", "winner_guard", "discriminator_weight"}
+# Options whose numbers need other options, or more than one value, or have no effect.
+WITH_OTHERS = {
+    "likelihood_weight",
+    "simpo_gamma",
+    "winner_guard",
+    "timestep_range",
+    "discriminator_window",
+    "neftune_noise_alpha",
+}
 
 
 def trials(world: World) -> Iterator[Trial]:
@@ -77,7 +84,9 @@ def _numbers(world: World) -> Iterator[Trial]:
                 continue
             key = (field.name, range_of(field), float in types)
             for value in VALUES[:1] if key in tried else VALUES:
-                says = _refused(value, range_of(field), whole=float not in types)
+                says = value != str(field.default) and _refused(
+                    value, range_of(field), whole=float not in types
+                )
                 if says or field.name not in WITH_OTHERS:
                     act = parsing(name, world, f"--{field.name}={value}")
                     shown = value if len(value) < 10 else f"{len(value)} digits"
@@ -141,7 +150,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "bf16": ("perhaps",),
     "config": ("", NUL, LONG, "nowhere.yaml", ".", "/dev/null"),
     "visits": ("1.5",),
-    "resolution": ("15", "16.0"),
+    "resolution": ("16.0",),
     "nothing": ("1",),
     LONG: ("1",),
 }
@@ -183,7 +192,7 @@ def _words(world: World) -> Iterator[Trial]:
         for option, values in options.items():
             for value in values:
                 shown = value if len(value) < 40 else f"{value[:3]}... ({len(value)})"
-                says = (re.escape(option[:100].partition("_kwargs")[0]),)
+                says = (f"{re.escape(option[:100])}|/dev/null",)
                 yield Trial(f"{name} --{option[:40]}={shown!r}", _in_folder(name, world, option, value), says)
 
 
@@ -210,7 +219,6 @@ def _runs(world: World) -> Iterator[Trial]:
         ("diffusion_dpo", {"dataset_train_split": "nowhere"}, "nowhere"),
         ("diffusion_dpo", {"test_fraction": 0.001, "eval_strategy": "steps"}, "test_fraction"),
         ("vlm_dpo", {"max_length": 1}, "max_length"),
-        ("vlm_dpo", {"row_tokens": 1}, "row_tokens"),
         ("vlm_dpo", {"test_size": 1000, "eval_strategy": "steps"}, "test_size"),
         ("vlm_dpo", {"attn_implementation": "nothing"}, "attn_implementation"),
         ("text_to_image_pairs", {"num_inference_steps": 2000}, "num_inference_steps"),
