@@ -80,9 +80,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    if lines and not lines[-1].endswith(b"}"):
-        lines.pop()  # a killed run, or a full disk, tears the last
+    *lines, _ = path.read_bytes().split(b"\n")  # a killed run, or a full disk, tears the last
     found = []
     for number, line in enumerate(lines, start=1):
         try:
