@@ -160,7 +160,7 @@ def _damaged(
 
     kept = "work" in file.parts or file.parts[0] in ("images",) or file.suffix == ".sqlite"
     # An empty database is one that holds nothing yet; a journal counts only after a crash.
-    nothing = file.suffix == ".sqlite" and damage(b"[]") == b"" or file.name.endswith("-journal")
+    nothing = (file.suffix == ".sqlite" and damage(b"[]") == b"") or file.name.endswith("-journal")
     return (title, act, (file.name,)) if kept and not nothing else (title, act, (), check)
 
 
