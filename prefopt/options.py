@@ -38,6 +38,8 @@ COMMON_OPTIONS = {
     "warmup_steps",
 }
 
+LONGEST_PATH, LONGEST_PART = 4096, 255  # bytes that Linux allows
+
 
 # Of transformers' options, the range of each number.
 TRAINER_RANGES = {
@@ -72,7 +74,6 @@ TRAINER_RANGES = {
 }
 # Options that name a folder that is made if it is not there.
 FOLDERS = ("output_dir", "cache_dir")
-LONGEST = 4096  # characters of a text, as of a path
 LARGEST = 10**15  # of whole numbers, which are then exact as floats, too
 
 
@@ -155,10 +156,10 @@ def option_types(hint: Any) -> set[Any]:
 def _check_text(where: str, text: str) -> None:
     if not text.strip():
         raise InputError(f"{where} is empty; give it a value, or leave it out")
-    if "\0" in text:
-        raise InputError(f"{where} is {shown(text)}; a text has no character NUL")
-    if len(text) > LONGEST:
-        raise InputError(f"{where} is {shown(text)}, {len(text)} characters; it has {LONGEST} at most")
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{where} is {shown(text)}, which is no text: it has a character that no text has")
+    if len(text) > LONGEST_PATH:
+        raise InputError(f"{where} is {shown(text)}, {len(text)} characters; it has {LONGEST_PATH} at most")
 
 
 def _check_choice(where: str, text: str, types: set[Any]) -> None:
@@ -177,6 +178,7 @@ def _choose(word: str, choices: Sequence[str]) -> str:
 
 def _check_folder(where: str, name: str) -> None:
     """InputError for what is no folder and cannot become one."""
+    check_name(name, where)
     try:
         there = Path(name).expanduser()
         if there.exists() and not there.is_dir():
@@ -184,8 +186,21 @@ def _check_folder(where: str, name: str) -> None:
         there.stat()
     except FileNotFoundError:
         return
-    except (OSError, RuntimeError) as error:  # a name too long, a file on the way, ~ of nobody
+    except (OSError, RuntimeError) as error:  # a file on the way, ~ of nobody
         raise InputError(f"{where} is {shown(name)}: {error}; name another folder") from error
+
+
+def check_name(name: str | Path, where: str) -> None:
+    """InputError for what is the name of no file and of nothing on the hub; `where` it was given."""
+    if not str(name).strip() or "\0" in str(name):
+        raise InputError(f"{where} is {str(name)!r}; give a name or a path")
+    try:
+        parts = [os.fsencode(part) for part in str(name).split("/")]
+    except UnicodeError as error:
+        raise InputError(f"{where} is {str(name)!r}, which is no text: {error}") from error
+    if sum(map(len, parts)) + len(parts) > LONGEST_PATH or max(map(len, parts)) > LONGEST_PART:
+        beginning = str(name)[:40]
+        raise InputError(f"{where} is too long for a path; it begins with {beginning!r}")
 
 
 def check_paths_exist(config: object, *names: str) -> None:
@@ -194,9 +209,12 @@ def check_paths_exist(config: object, *names: str) -> None:
     If something is there, the option of its revision is an InputError, see `check_revision`.
     """
     for name in names:
-        value = getattr(config, name) or ""
+        value = getattr(config, name)
+        if value is None:
+            continue
+        check_name(value, f"--{name}")
         if is_local_path(value) and not os.path.exists(value):
-            raise InputError(f"--{name}: there is no {value if len(value) < 500 else shown(value)}")
+            raise InputError(f"--{name}: there is no {value}")
         of = re.sub(r"(_model)?_name(_or_path)?$", "", name)  # judge_model_name_or_path: judge_revision
         for option in (f"{of}_revision", *(["revision"] if of == "model" else [])):
             check_revision(
