@@ -127,8 +127,8 @@ def read_sft(
         return _checked(found, Format((column,), (column,), lambda row, where: alone))
     if not any(names.issuperset(form.columns) for form in FORMATS):
         raise InputError(
-            f"{found.name}: no column 'image'; its columns are {found.rows.column_names!s:.500}, and it needs "
-            f"a prompt with an image, or one of: {KNOWN}"
+            f"{found.name}: no column 'image'; its columns are {found.rows.column_names!s:.500}, and it "
+            f"needs a prompt with an image, or one of: {KNOWN}"
         )
     table = _preferences(found)
 
