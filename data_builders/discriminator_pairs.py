@@ -174,7 +174,7 @@ def main(config: DiscriminatorPairsConfig) -> None:
     from data_builders.engine.passes import processes
     from data_builders.images.graded import build
     from data_builders.images.real import Limits, read_real
-    from prefopt.store import Ledger
+    from prefopt.ledger import Ledger
 
     state = processes()
     with state.main_process_first():

@@ -29,10 +29,12 @@ from yaml import YAMLError
 
 from prefopt.errors import InputError
 from prefopt.files import exclusive_lock
+from prefopt.interrupts import Interrupted, has_lost_a_process, interrupt, on_signal
 from prefopt.options import COMMON_OPTIONS
-from prefopt.programs import BAD_INPUT, INTERRUPTED, find_config
+from prefopt.programs import BAD_INPUT, FAILED, INTERRUPTED, find_config
 
 Config = TypeVar("Config")
+LOST_MESSAGE = "another process of this run has ended, or cannot be reached; see its own message."
 
 
 class Parser(TrlParser):
@@ -99,9 +101,10 @@ def parse(config_class: type[Config], arguments: list[str] | None = None) -> Con
 
 
 def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
-    """Parse the command line and call `main`; bad input ends in one message and exit code 2, Ctrl-C 130.
+    """Parse the command line and call `main`; bad input ends in one message and exit code 2.
 
-    The folder `output_dir` is locked meanwhile, by the first of several processes.
+    Ctrl-C ends it with 130, SIGTERM with 143. The folder `output_dir` is locked meanwhile, by the first of
+    several processes.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "datasets", "huggingface_hub", "fsspec"):
@@ -110,21 +113,32 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|diffusers|peft|trl)\.")
     # But of an option that was given under its old name.
     warnings.filterwarnings("default", r"`\w+` is deprecated and will be removed", FutureWarning)
+    with on_signal(interrupt):
+        try:
+            check_launch()
+            _run(main, parse(config_class))
+        except InputError as error:
+            logging.getLogger(__name__).debug("bad input", exc_info=True)
+            sys.exit(_say(f"error: {error}", BAD_INPUT))
+        except KeyboardInterrupt as end:
+            code = end.code if isinstance(end, Interrupted) else INTERRUPTED
+            sys.exit(_say(f"interrupted: {end}" if str(end) else "interrupted", code))
+
+
+def _run(main: Callable[[Any], object], config: Any) -> None:
     first = int(os.environ.get("RANK", "0")) == 0
-    try:
-        check_launch()
-        config: Any = parse(config_class)
-        if first and (advice := busy_machine()):
-            print(advice, file=sys.stderr)
-        with exclusive_lock(Path(config.output_dir)) if first else nullcontext():
-            if first:
-                print(f"{Path(sys.argv[0]).stem}: {_summary(config)}", file=sys.stderr, flush=True)
+    if first and (advice := busy_machine()):
+        print(advice, file=sys.stderr)
+    with exclusive_lock(Path(config.output_dir)) if first else nullcontext():
+        if first:
+            print(f"{Path(sys.argv[0]).stem}: {_summary(config)}", file=sys.stderr, flush=True)
+        try:
             main(config)
-    except InputError as error:
-        logging.getLogger(__name__).debug("bad input", exc_info=True)
-        sys.exit(_say(f"error: {error}", BAD_INPUT))
-    except KeyboardInterrupt as interrupt:
-        sys.exit(_say(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", INTERRUPTED))
+        except RuntimeError as error:
+            if not has_lost_a_process(error):
+                raise
+            again = "with --resume_from_checkpoint " if hasattr(config, "resume_from_checkpoint") else ""
+            sys.exit(_say(f"error: {LOST_MESSAGE} The same command {again}goes on.", FAILED))
 
 
 def busy_machine() -> str:

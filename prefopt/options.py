@@ -1,5 +1,6 @@
 """The fields of a config, and the checks that several configs share; importing this imports nothing heavy."""
 
+import os
 import re
 from dataclasses import field
 from math import isfinite
@@ -34,6 +35,8 @@ COMMON_OPTIONS = {
     "warmup_steps",
 }
 
+LONGEST_PATH, LONGEST_PART = 4096, 255  # bytes that Linux allows
+
 
 def option(default: Any, help: str, **parser: Any) -> Any:
     """A field of a config: its default, and its help on the command line; `parser` is argparse's."""
@@ -59,13 +62,29 @@ def check_interval(config: object, interval: str, *names: str) -> None:
             raise InputError(f"--{name} is {value}; it {allowed}")
 
 
+def check_name(name: str | Path, where: str) -> None:
+    """InputError for what is the name of no file and of nothing on the hub; `where` it was given."""
+    if not str(name).strip() or "\0" in str(name):
+        raise InputError(f"{where} is {str(name)!r}; give a name or a path")
+    try:
+        parts = [os.fsencode(part) for part in str(name).split("/")]
+    except UnicodeError as error:
+        raise InputError(f"{where} is {str(name)!r}, which is no text: {error}") from error
+    if sum(map(len, parts)) + len(parts) > LONGEST_PATH or max(map(len, parts)) > LONGEST_PART:
+        beginning = str(name)[:40]
+        raise InputError(f"{where} is too long for a path; it begins with {beginning!r}")
+
+
 def check_paths_exist(config: object, *names: str) -> None:
     """InputError if one of these options names a local path, not a hub id, and nothing is there.
 
     If something is there, the option of its revision is an InputError, see `check_revision`.
     """
     for name in names:
-        value = getattr(config, name) or ""
+        value = getattr(config, name)
+        if value is None:
+            continue
+        check_name(value, f"--{name}")
         if is_local_path(value) and not Path(value).exists():
             raise InputError(f"--{name}: there is no {value}")
         of = re.sub(r"(_model)?_name(_or_path)?$", "", name)  # judge_model_name_or_path: judge_revision

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from prefopt.errors import InputError
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+# Exit codes besides 0: a fault of the program, or another process of its run is gone; bad input;
+# ended by SIGINT (Ctrl-C); by SIGTERM.
+FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = ROOT / "prefopt_recipes"
 RECIPES = INSTALLED if INSTALLED.is_dir() else ROOT / "recipes"

@@ -1,13 +1,12 @@
-"""What surrounds a training run: config.json, metrics.jsonl, progress, weight averaging, Ctrl-C."""
+"""What surrounds a training run: config.json, metrics.jsonl, progress, weight averaging, signals."""
 
 import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.errors import InputError
 from prefopt.files import write_atomically
+from prefopt.interrupts import Interrupted, on_signal
 from prefopt.progress import progress_bar
 
 LIBRARIES = (
@@ -76,9 +76,20 @@ VALIDATION_STRIPS = Path("validation", "strips.png")  # the same, if it generate
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The objects of a run's metrics.jsonl, one for each log; none if there is no such file."""
     path = run / METRICS_FILE
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return _metrics(path) if path.is_file() else []
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    *lines, _ = path.read_bytes().split(b"\n")  # a killed run, or a full disk, tears the last
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: line {number} is no JSON: {error}; delete that line") from error
+        if not isinstance(found[-1], dict):
+            raise InputError(f"{path}: line {number} holds no metrics by their names; delete that line")
+    return found
 
 
 class MetricsFile:
@@ -86,9 +97,8 @@ class MetricsFile:
 
     def __init__(self, folder: Path, *, after: int):
         self.path = folder / METRICS_FILE
-        kept = self.path.read_text().splitlines() if after and self.path.exists() else []
-        whole = [line for line in kept if line.endswith("}")]  # a killed run, or a full disk, tears the last
-        lines = [line for line in whole if json.loads(line)["step"] <= after]
+        earlier = read_metrics(folder) if after else []
+        lines = [json.dumps(line) for line in earlier if line.get("step", 0) <= after]
         write_atomically(self.path, "".join(line + "\n" for line in lines))
 
     def write(self, metrics: Mapping[str, float]) -> None:
@@ -191,37 +201,31 @@ def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
+    """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one ends it at once.
 
     All processes stop after the same step, whichever of them received the signal.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.received = False  # by this process
-        self.stopping = False  # agreed on by all
+        self.received = 0  # the number of the signal that this process received
+        self.agreed = 0  # that which any of the processes received
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle SIGINT while training."""
-        previous = signal.signal(signal.SIGINT, self._note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+    def listening(self) -> AbstractContextManager[None]:
+        """Handle the signals while training."""
+        return on_signal(self._note)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int) -> None:
         if self.received:
-            raise KeyboardInterrupt("at once, without a new checkpoint")
-        self.received = True
-        os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n")
+            raise Interrupted(number, "at once, without a new checkpoint")
+        self.received = number
+        os.write(2, b"\nstopping after this step, with a checkpoint; a second signal stops at once\n")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Request a checkpoint and the end of training once any process was interrupted."""
-        self.stopping = self.received
+        self.agreed = self.received
         if self.accelerator.num_processes > 1:
-            if self.stopping:
-                self.accelerator.set_trigger()
-            self.stopping = self.accelerator.check_trigger()
-        if self.stopping:
+            received: Any = self.accelerator.gather(torch.tensor([self.received], device=args.device))
+            self.agreed = int(received.max())
+        if self.agreed:
             control.should_save = control.should_training_stop = True

@@ -3,7 +3,6 @@
 Importing this imports no model library; `sampling` loads and runs what is described here.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,9 +12,8 @@ from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import file_key, named_files_key, used_variant, variant_of
 from prefopt.hub import ADAPTER_FILE, adapter_place, files_at
-from prefopt.options import check_interval, check_paths_exist, check_revision, option
-
-MODEL_FILE = "model_index.json"
+from prefopt.model_files import MODEL_FILE, check_files, read_config
+from prefopt.options import check_interval, check_name, check_paths_exist, check_revision, option
 
 # What a text about a generator may change, and of which type it is.
 CHANGES = {
@@ -152,8 +150,9 @@ def pipeline_folder(
 ) -> Path:
     """The local folder of a pipeline: the folder named, the pocket's, or the download of a hub id.
 
-    InputError if it has no weights of this variant.
+    InputError if it has no weights of this variant, or if one of its files is damaged.
     """
+    check_name(model_name_or_path, "the model's name")
     name = pocket.resolve(str(model_name_or_path), "text_to_image")
     if Path(name).is_dir():
         if not (Path(name) / MODEL_FILE).is_file():
@@ -179,16 +178,14 @@ def pipeline_folder(
 
 def _parts(folder: Path) -> list[Path]:
     """The folders of a pipeline's parts."""
-    try:
-        index = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{folder / MODEL_FILE} is no JSON: {error}; save the pipeline again") from error
-    return [folder / part for part in index if (folder / part).is_dir()]
+    return [folder / part for part in read_config(folder, MODEL_FILE) if (folder / part).is_dir()]
 
 
 def _check_variant(folder: Path, variant: str | None) -> None:
     """InputError if no part has weights of the variant, or a part has weights of other variants alone."""
     parts = [part for part in _parts(folder) if part.name != "safety_checker"]  # which is never loaded
+    for part in parts:
+        check_files(part)
     found = {part.name: {variant_of(file) for file in part.glob("*.safetensors")} for part in parts}
     known = sorted({name for names in found.values() for name in names if name})
     if variant is not None and variant not in known:

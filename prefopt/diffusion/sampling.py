@@ -20,7 +20,8 @@ from prefopt.diffusion.generator import Generator, Sampler, adapter_file, pipeli
 from prefopt.diffusion.lora import load_adapter, set_adapter_scale
 from prefopt.errors import InputError
 from prefopt.files import make_readable, reporting_write_errors
-from prefopt.loading import UNUSABLE, load_parts
+from prefopt.loading import UNUSABLE, load_parts, not_loaded
+from prefopt.model_files import MODEL_FILE, read_config
 
 
 def load_pipeline(
@@ -36,7 +37,7 @@ def load_pipeline(
     Raises InputError for a model that is missing or damaged.
     """
     folder = pipeline_folder(model_name_or_path, revision=revision, variant=variant)
-    index: Any = DiffusionPipeline.load_config(folder)
+    index = read_config(folder, MODEL_FILE)
     parts = load_parts(index, folder, dtype, variant)
     if "safety_checker" in index:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
@@ -46,9 +47,7 @@ def load_pipeline(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
         )
     except UNUSABLE as error:
-        raise InputError(
-            f"{model_name_or_path} cannot be read as a pipeline of safetensors: {error}"
-        ) from error
+        raise not_loaded("pipeline", model_name_or_path, error) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
