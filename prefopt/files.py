@@ -40,6 +40,8 @@ def text_lines(file: Path) -> Iterator[str]:
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         if not line.strip():
             raise InputError(f"{file}: line {number} is empty; each line is a prompt, so delete it")
+        if "\0" in line:
+            raise InputError(f"{file}: line {number} holds a NUL character, which no text has; delete it")
         yield line.strip()
 
 

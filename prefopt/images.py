@@ -17,6 +17,14 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(partial, format="WEBP", lossless=True, method=0)
 
 
+def read_saved(path: Path) -> Image.Image:
+    """A picture that `save_image` wrote, in RGB; one that is damaged since is an InputError."""
+    try:
+        return open_image(path.read_bytes(), str(path))
+    except (OSError, InputError) as error:
+        raise InputError(f"{error}. Delete this file, and run the same command again") from error
+
+
 def png_base64(image: Image.Image) -> str:
     """A picture as a PNG in base64: nothing is lost, so a server sees what a model at home would see."""
     file = io.BytesIO()

@@ -25,7 +25,7 @@ from prefopt.evaluation.summary import summarise
 from prefopt.evaluation.systems import check_each_once
 from prefopt.evaluation.votes import Ballot, check_votes, system_identity
 from prefopt.files import content_key, reporting_write_errors
-from prefopt.images import save_image
+from prefopt.images import read_saved, save_image
 from prefopt.progress import progress_bar
 from prefopt.store import Ledger
 
@@ -175,7 +175,7 @@ def _score(jobs: Mapping[str, _Job], folder: Path, scorers: Sequence[Scorer]) ->
     ledger = Ledger(folder, "scores", processes().process_index)
 
     def images_and_prompts(keys: Sequence[str]) -> tuple[list[Image.Image], list[str]]:
-        images = [Image.open(_image_path(folder, key)).convert("RGB") for key in keys]
+        images = [read_saved(_image_path(folder, key)) for key in keys]
         return images, [jobs[key].prompt for key in keys]
 
     found = {scorer.name: kept_scores(scorer, list(jobs), images_and_prompts, ledger) for scorer in scorers}

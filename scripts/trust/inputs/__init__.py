@@ -1,0 +1,1 @@
+"""Tables of bad inputs, each a file with `trials(world)`."""
