@@ -1,8 +1,8 @@
-"""Programs whose disk fails, or who die, at the n-th change of their output folder: faults.c from Python.
+"""Programs whose disk fails, or who die, at the n-th change of a folder: faults.c from Python.
 
-Whatever language a library writes in (safetensors in Rust, Arrow in C++), its writes pass here. What a process
-computes between two of them leaves no trace, so "killed at the n-th write" covers every moment that a rerun
-can tell from another.
+Whatever language a library writes in (safetensors in Rust, Arrow in C++), its writes pass there. What a
+process computes between two of them leaves no trace, so the changes are all moments that a rerun can tell
+apart.
 """
 
 import ctypes

@@ -4,8 +4,8 @@
     python scripts/trust/kill.py --only diffusion_dpo self_rewarding --rounds 6 --seed 1
 
 Each program runs once undisturbed, at its smallest size on the pocket. Then the same command is killed at
-changes of its output folder that the seed chooses, before one or in the middle of a write, up to --most times in
-a row, and runs to its end. Its results have to be bit-identical but for times, with nothing left over; no
+changes of its output folder that the seed chooses, before one or in the middle of a write, up to --most times
+in a row, and runs to its end. Its results have to be bit-identical but for times, with nothing left over; no
 result of a model may be kept twice, and no call made twice unless it was not finished. The exit code is 1 if
 any of this fails.
 """
@@ -99,10 +99,8 @@ def table(rounds: list[Round]) -> str:
     lines = [f"{'program':22} kills  identical  kept twice  calls repeated  moments"]
     for one in rounds:
         same = "no" if one.differing or one.error else "yes"
-        lines.append(
-            f"{one.program:22} {len(one.moments):5}  {same:>9}  {one.kept_twice:10}  {one.repeated_calls:14}  "
-            f"{'; '.join(one.moments)}"
-        )
+        counts = f"{one.kept_twice:10}  {one.repeated_calls:14}"
+        lines.append(f"{one.program:22} {len(one.moments):5}  {same:>9}  {counts}  {'; '.join(one.moments)}")
         lines += [f"    differs: {', '.join(one.differing)}"] if one.differing else []
         lines += [f"    {one.error}"] if one.error else []
     kills = sum(len(one.moments) for one in rounds)
