@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from prefopt.cli import run
 from prefopt.config import LearningRates
+from prefopt.errors import InputError
 from prefopt.options import check_interval, option
 from prefopt.vlm.config import VlmConfig
 
@@ -47,6 +48,11 @@ class VlmEnsembleConfig(VlmConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_interval(self, "[1, inf)", "average_rank")
+        if self.sharding:
+            raise InputError(
+                f"{self.sharding} does not keep the base for the next member: train each with vlm_sft, "
+                "and average them with scripts/average_adapters.py"
+            )
 
 
 def main(config: VlmEnsembleConfig):
