@@ -126,10 +126,19 @@ class CheckpointingTrainer(Trainer):
         averaged = self.ema.applied(self.model) if self.ema and not self._staging else nullcontext()
         with reporting_write_errors(output_dir or self.args.output_dir), averaged:
             self._check_weights()
+            if self.is_fsdp_enabled and self._has_shards() and not self._staging:
+                # The Trainer saves no model whose checkpoints are in shards, and says nothing.
+                self._save(output_dir, self.accelerator.get_state_dict(self.model))
             super().save_model(output_dir, _internal_call)
 
+    def _has_shards(self) -> bool:
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        return "FULL_STATE_DICT" not in str(plugin.state_dict_type)
+
     def _check_weights(self) -> None:
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        # Under DeepSpeed a process has its share of a weight beside an empty tensor.
+        named = self.model.named_parameters()
+        trained = [(name, getattr(p, "ds_tensor", p)) for name, p in named if p.requires_grad]
         bad = [name for name, parameter in trained if not torch.isfinite(parameter).all()]
         # Of weights in shards a process sees its own; all of them have to stop.
         count: Any = self.accelerator.reduce(torch.tensor(len(bad), device=self.accelerator.device))

@@ -35,6 +35,7 @@ from prefopt.objectives import Batch, Loss, Objective, Scored
 from prefopt.reference import cache_reference, reference_model
 from prefopt.runs import Ema, Interrupt, MetricsFile, Progress, refuse_earlier_run, write_config
 from prefopt.scores import AnyScore, check_extras, check_scored, not_finite
+from prefopt.sharding import check_sharding, prepare_fsdp
 from prefopt.visits import by_visit, collate
 
 # A batch and its scores (batch, k), detached -> for each name the values and their weights, both (batch,).
@@ -91,6 +92,8 @@ class PreferenceTrainer(CheckpointingTrainer):
         super().__init__(model, args, train_dataset=train, eval_dataset=_held_out(eval_dataset), **kwargs)
         # Our losses are means of a batch: the Trainer divides them by the accumulation.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
+        if self.is_fsdp_enabled:
+            prepare_fsdp(self.accelerator.state.fsdp_plugin, model)
         if reference_model is not None:
             reference_model.to(self.args.device)
         self.interrupt = Interrupt(self.accelerator)
@@ -128,6 +131,8 @@ class PreferenceTrainer(CheckpointingTrainer):
         output_dir = Path(str(self.args.output_dir))
         with exclusive_lock(output_dir) if self.is_world_process_zero() else nullcontext():
             checkpoint = self._checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
+            if checkpoint:
+                check_sharding(checkpoint, self.args.sharding)
             if self.is_world_process_zero():
                 self._open_run(output_dir, checkpoint)
             return self._train(output_dir, checkpoint, **kwargs)
@@ -303,6 +308,8 @@ class PreferenceTrainer(CheckpointingTrainer):
 
     def _with_cached_reference(self) -> Any:
         args = self.args
+        if self.args.sharding:  # what shards the model moves it to its device later
+            self.model.to(args.device)
         # Before the first step, all weights of full fine-tuning are still the reference's.
         frozen = self.reference_model or (None if adapter_layers(self.model) else self.model.eval())
         return cache_reference(

@@ -147,7 +147,7 @@ def _scaled(network: Any, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     scaled, layers = {}, set(adapter_layers(network))
     for name, module in network.named_modules():
         if module in layers and module.scaling[POLICY] != 1:
-            second = f"{name.replace('_fsdp_wrapped_module.', '')}.lora_B.weight"
+            second = f"{name.replace('_checkpoint_wrapped_module.', '')}.lora_B.weight"
             scaled[second] = factors[second] * module.scaling[POLICY]
     return scaled
 

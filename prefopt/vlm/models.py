@@ -7,6 +7,7 @@ adapted.
 import copy
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -212,17 +213,27 @@ def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
     return policy
 
 
-def check_saved_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Read a saved adapter back; a RuntimeError unless it holds all of the model's factors, bit for bit."""
+def check_saved_adapter(
+    model: PeftModel, folder: str | Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Read a saved adapter back; a RuntimeError unless it holds all of the model's factors, bit for bit.
+
+    `state` are the gathered weights of a model that its processes share.
+    """
     file = Path(folder, ADAPTER_FILE)
-    if difference := _difference(model, file):
+    if difference := _difference(model, file, state):
         raise RuntimeError(f"{file} is not the adapter that was trained: {difference}")
 
 
-def _difference(model: PeftModel, file: Path) -> str:
+def _difference(model: PeftModel, file: Path, weights: Mapping[str, Tensor] | None = None) -> str:
     """What tells the policy's adapter from a file, or nothing."""
     written = load_file(file)
-    state = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+    state = get_peft_model_state_dict(
+        model,
+        None if weights is None else dict(weights),
+        adapter_name=POLICY,
+        save_embedding_layers=False,
+    )
     if not written:
         return "the file holds no tensors"
     if missing := sorted(set(state) ^ set(written)):

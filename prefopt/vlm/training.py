@@ -188,8 +188,11 @@ def save(trainer: PreferenceTrainer, config: VlmConfig) -> None:
     # A whole model brings a config.json of its own, and the run's is not to be lost.
     folder = Path(str(config.output_dir), "" if config.use_peft else "model")
     trainer.save_model(str(folder))
-    if isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero():
-        check_saved_adapter(trainer.model, folder)
+    if not isinstance(trainer.model, PeftModel):
+        return
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if config.sharding else None
+    if trainer.is_world_process_zero():
+        check_saved_adapter(trainer.model, folder, state)
 
 
 def quantization(config: VlmConfig) -> BitsAndBytesConfig | None:
