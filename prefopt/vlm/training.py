@@ -190,7 +190,7 @@ def save(trainer: PreferenceTrainer, config: VlmConfig) -> None:
     trainer.save_model(str(folder))
     if not isinstance(trainer.model, PeftModel):
         return
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if config.sharding else None
+    state: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped) if config.sharding else None
     if trainer.is_world_process_zero():
         check_saved_adapter(trainer.model, folder, state)
 
