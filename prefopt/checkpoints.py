@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from prefopt.errors import InputError
@@ -103,10 +103,20 @@ class CheckpointingTrainer(Trainer):
         if checkpoint.exists():  # of an earlier run; deleted in its place, it could be left in halves
             os.rename(checkpoint, staged.with_name("replaced"))
         os.rename(staged, checkpoint)
-        shutil.rmtree(staged.parent)
-        rotate_checkpoints(
-            str(checkpoint.parent), self.args.save_total_limit, self.state.best_model_checkpoint
-        )
+        self._rotate(checkpoint.parent)
+
+    def _rotate(self, run_dir: Path) -> None:
+        """Remove the oldest checkpoints beyond save_total_limit, and what was staged.
+
+        Out of sight first: a removal that is cut short leaves nothing that looks like a checkpoint.
+        """
+        staging, found = run_dir / STAGING, sort_checkpoints(str(run_dir))
+        staging.mkdir(exist_ok=True)
+        others = [one for one in found[:-1] if one != self.state.best_model_checkpoint]
+        limit = self.args.save_total_limit or len(found)
+        for checkpoint in others[: max(0, len(found) - limit)]:
+            os.rename(checkpoint, staging / Path(checkpoint).name)
+        shutil.rmtree(staging)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what was trained, as its library reads it; the final model is the average if one is kept.

@@ -19,6 +19,7 @@ from prefopt.errors import InputError
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # what its errors name
 os.umask(_mask := os.umask(0))
 _NEW_FILE = 0o666 & ~_mask  # permissions
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}")  # what `replacing` writes to
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _locked: dict[Path, IO[str]] = {}  # the folders that this process has locked, with their lock files
 
@@ -164,6 +165,13 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what killed runs left half written in a folder; only while nothing writes there."""
+    for path in folder.glob(".*"):
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a crash, sees the old content or the new, nothing between."""
     with replacing(path) as partial:
@@ -193,10 +201,10 @@ def check_identity(folder: Path, identity: Mapping[str, object], *, what: str, o
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes; InputError if one holds it.
+    """Lock a folder against other processes, and remove what killed ones left half written in it.
 
-    A process that is killed holds nothing, whatever workers it leaves behind. Inside of a lock of the same
-    process it does nothing.
+    InputError if another process holds it. A process that is killed holds nothing, whatever workers it leaves
+    behind. Inside of a lock of the same process it does nothing.
     """
     place = folder.resolve()
     if place in _locked:
@@ -214,6 +222,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
             ) from error
         _locked[place] = file
         try:
+            remove_partials(folder)
             yield
         finally:
             del _locked[place]

@@ -1,6 +1,7 @@
 """Models by name: safetensors only, every weight there, known by their files before they are loaded."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import transformers
 from huggingface_hub import resolve_revision
 from huggingface_hub.errors import RevisionResolutionError, StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import InputError
@@ -40,6 +41,7 @@ UNUSABLE = (
     SafetensorError,
     RevisionResolutionError,
     StrictDataclassError,
+    re.error,  # names of layers are patterns
 )
 _ANEW = "save or download the pipeline again"
 _FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # that a model's answers may depend on
@@ -86,13 +88,13 @@ def load_complete(kind: Any, name: str | Path, what: str, revision: str | None =
             "%s in %s: %d tensors are not used, for a %s has none such as %s",
             *(what, name, len(unknown), kind_name, unknown[0]),
         )
-    check_finite(model, f"the {what} in {str(name)!r}")
+    check_finite(model.state_dict(), f"the {what} in {str(name)!r}")
     return model
 
 
-def check_finite(model: nn.Module, what: str) -> None:
-    """InputError if a weight is not finite; `what` they are, for the message."""
-    for key, value in model.state_dict().items():
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """InputError if a value is not finite; `what` the tensors are of, for the message."""
+    for key, value in tensors.items():
         # The sum takes one pass and no memory. It may overflow where all values are finite.
         is_plain = value.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         if not is_plain or value.is_meta or value.sum(dtype=torch.float32).isfinite():

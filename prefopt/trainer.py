@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import ProgressCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from prefopt.adapters import adapter_layers
 from prefopt.checkpoints import STAGING, CheckpointingTrainer, check_saves
@@ -139,6 +139,7 @@ class PreferenceTrainer(CheckpointingTrainer):
             self.train_dataset = self._with_cached_reference()
         if self.ema:
             self.ema.resume_from = checkpoint
+        set_seed(self.args.seed)  # what was computed before, or found in a cache, leaves dropout alone
         with self.interrupt.listening():
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         if self.interrupt.agreed:
@@ -204,6 +205,7 @@ class PreferenceTrainer(CheckpointingTrainer):
             self.ema.resume_from = checkpoint
             self.ema.start(self.model)
         if self.is_world_process_zero():
+            self._rotate(Path(checkpoint).parent)
             print(f"all {self.total_steps} steps are done: nothing is trained", flush=True)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> VisitSampler:

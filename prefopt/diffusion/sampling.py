@@ -104,11 +104,23 @@ def sample_arrays(
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputError(f"prompt {i} is {type(prompt).__name__}, not text: {prompt!r}")
+    _check_steps(pipeline.scheduler, sampler.num_inference_steps)
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[batch]]
         given = {"prompt": list(prompts[batch]), "generator": generators, **asdict(sampler)}
         yield from pipeline(**given, output_type="np").images
+
+
+def _check_steps(scheduler: Any, steps: int) -> None:
+    """InputError for more denoising steps than the scheduler has timesteps."""
+    settings = scheduler.config
+    known = ("num_train_timesteps", "original_inference_steps")  # the second is that of LCM
+    limit = min((settings[name] for name in known if settings.get(name)), default=steps)
+    if steps > limit:
+        raise InputError(
+            f"--num_inference_steps is {steps}; this model's {type(scheduler).__name__} takes {limit} at most"
+        )
 
 
 def to_image(array: np.ndarray) -> Image.Image:

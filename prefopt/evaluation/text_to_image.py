@@ -24,7 +24,7 @@ from prefopt.evaluation.scoring import Scores, kept_scores, processes, quiet, wr
 from prefopt.evaluation.summary import summarise
 from prefopt.evaluation.systems import check_each_once
 from prefopt.evaluation.votes import Ballot, check_votes, system_identity
-from prefopt.files import content_key, reporting_write_errors
+from prefopt.files import content_key, remove_partials, reporting_write_errors
 from prefopt.images import read_saved, save_image
 from prefopt.ledger import Ledger
 from prefopt.progress import progress_bar
@@ -84,6 +84,8 @@ def compare(
         _generate(own, folder, torch.device(device or state.device or "cpu"), batch_size)
         scored = _score(own, folder, scorers)
     scores: dict[str, dict[str, Scores]] = dict(gather_object(list(scored.items())))
+    if state.is_main_process:  # all images are there
+        remove_partials(folder / "images")
     first = next(iter(scores.values()))
     metrics = {m: told for s in scorers for m, told in s.describe(list(first[s.name])).items()}
     rows = [

@@ -335,3 +335,5 @@ def test_given_prompts_take_the_class_they_name():
     ):
         with pytest.raises(InputError, match=message):
             given_prompts(prompts, ["zebra", "lion"])
+    for name in ("C++", "Yahoo!", ".NET"):  # which end where no word does
+        assert given_prompts([f"a book about {name}, open"], [name]).training[0]["class"] == name
