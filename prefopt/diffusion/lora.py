@@ -177,7 +177,7 @@ def load_adapter(pipeline: Any, file: Path, name: str = LOADED) -> None:
     for config in header_configs(file, f"the adapter {file}").values():
         check_base_unchanged(config, f"the adapter {file}")
     tensors = load_file(file)
-    check_finite(tensors, f"the adapter {file}")
+    check_finite(tensors, f"the adapter {file}", ANEW)
     expected = _count_pairs(tensors, file)
     # diffusers warns for each component that an adapter leaves alone, and prints what it then raises: what
     # matters is counted or raised below.
