@@ -13,7 +13,7 @@ from prefopt import pocket
 from prefopt.draws import visit_order
 from prefopt.errors import InputError
 from prefopt.options import check_interval, check_paths_exist, option
-from prefopt.sharding import check_fsdp
+from prefopt.sharding import check_fsdp, load_whole_models
 
 LATEST = "latest"
 LORA = {"lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False}  # of a fresh adapter
@@ -137,7 +137,9 @@ class PreferenceConfig(TrainingArguments):
             raise InputError(
                 f"--ema_decay: under {self.sharding} no process has all weights to average; leave it out"
             )
-        if self.sharding == "FSDP":
+        if self.sharding == "DeepSpeed":
+            load_whole_models()
+        elif self.sharding == "FSDP":
             check_fsdp(self.fsdp_config if self.fsdp else None, use_cpu=self.use_cpu)
 
     def _refuse_idle(self) -> None:

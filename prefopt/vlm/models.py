@@ -209,12 +209,8 @@ def check_saved_adapter(
 def _difference(model: PeftModel, file: Path, weights: Mapping[str, Tensor] | None = None) -> str:
     """What tells the policy's adapter from a file, or nothing."""
     written = load_file(file)
-    state = get_peft_model_state_dict(
-        model,
-        None if weights is None else dict(weights),
-        adapter_name=POLICY,
-        save_embedding_layers=False,
-    )
+    gathered: Any = None if weights is None else dict(weights)
+    state = get_peft_model_state_dict(model, gathered, adapter_name=POLICY, save_embedding_layers=False)
     if not written:
         return "the file holds no tensors"
     if missing := sorted(set(state) ^ set(written)):
