@@ -116,12 +116,8 @@ def difference_of_adapter(model: PeftModel, file: Path, weights: Mapping[str, Te
     `weights` are the gathered ones of a model that its processes share.
     """
     written = load_file(file)
-    state = get_peft_model_state_dict(
-        model,
-        None if weights is None else dict(weights),
-        adapter_name=POLICY,
-        save_embedding_layers=False,
-    )
+    gathered: Any = None if weights is None else dict(weights)
+    state = get_peft_model_state_dict(model, gathered, adapter_name=POLICY, save_embedding_layers=False)
     if not written:
         return "the file holds no tensors"
     if missing := sorted(set(state) ^ set(written)):

@@ -13,7 +13,7 @@ from prefopt import pocket
 from prefopt.draws import visit_order
 from prefopt.errors import InputError
 from prefopt.options import check_options, check_paths_exist, option
-from prefopt.sharding import check_fsdp
+from prefopt.sharding import check_fsdp, load_whole_models
 from prefopt.trainer_options import check_trainer_options, check_training
 
 LATEST = "latest"
@@ -119,7 +119,9 @@ class PreferenceConfig(TrainingArguments):
             raise InputError(
                 f"--ema_decay: under {self.sharding} no process has all weights to average; leave it out"
             )
-        if self.sharding == "FSDP":
+        if self.sharding == "DeepSpeed":
+            load_whole_models()
+        elif self.sharding == "FSDP":
             check_fsdp(self.fsdp_config if self.fsdp else None, use_cpu=self.use_cpu)
 
     @property

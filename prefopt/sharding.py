@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import strtobool
 
 from prefopt.errors import InputError
@@ -43,6 +44,14 @@ def prepare_fsdp(plugin: Any, model: nn.Module) -> None:
         there = {type(module).__name__ for module in model.modules()}
         names = getattr(model, "_no_split_modules", None) or ()
         plugin.transformer_cls_names_to_wrap = [name for name in names if name in there]
+
+
+def load_whole_models() -> None:
+    """Let each process load whole models: DeepSpeed splits the one that is trained when its training begins.
+
+    Told of ZeRO-3, transformers would split every model that it loads, text encoders and references too.
+    """
+    unset_hf_deepspeed_config()
 
 
 def check_sharding(checkpoint: str, sharding: str | None) -> None:

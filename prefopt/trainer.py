@@ -34,7 +34,7 @@ from prefopt.reference import cache_reference, reference_model
 from prefopt.resuming import find_checkpoint, read_state
 from prefopt.runs import Ema, Interrupt, MetricsFile, Progress, refuse_earlier_run, write_config
 from prefopt.scores import AnyScore, check_extras, check_scored, not_finite
-from prefopt.sharding import check_sharding, prepare_fsdp
+from prefopt.sharding import check_sharding, load_whole_models, prepare_fsdp
 from prefopt.visits import by_visit, collate
 
 # A batch and its scores (batch, k), detached -> for each name the values and their weights, both (batch,).
@@ -93,6 +93,8 @@ class PreferenceTrainer(CheckpointingTrainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator.state.fsdp_plugin, model)
+        elif self.is_deepspeed_enabled:
+            load_whole_models()  # those that are loaded after the training as well
         if reference_model is not None:
             reference_model.to(self.args.device)
         self.interrupt = Interrupt(self.accelerator)
