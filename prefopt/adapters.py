@@ -13,10 +13,12 @@ from torch import nn
 
 from prefopt.config import LORA, LoraArguments
 from prefopt.errors import InputError
+from prefopt.files import open_tensors, read_object
 from prefopt.hub import adapter_place
 
 POLICY, REFERENCE = "default", "reference"  # names of adapters
 CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # in peft's format
+ANEW = "Save or download the adapter again, or name another one"  # what to do about a damaged one
 
 
 def lora_config(arguments: LoraArguments, default_targets: list[str] | str, **kwargs: Any) -> LoraConfig:
@@ -81,13 +83,24 @@ def reference_scales(model: nn.Module) -> dict[str, float]:
     return {name: layer.scaling[REFERENCE] for name, layer in layers if REFERENCE in layer.scaling}
 
 
+def check_scalings(model: nn.Module, name: str, adapter: object) -> None:
+    """InputError unless the loaded adapter `name` has a scaling in each layer that leaves an update."""
+    for layer in adapter_layers(model):
+        scaling = layer.scaling.get(name, 1.0)
+        if not 0 < scaling < math.inf:
+            raise InputError(f"the adapter {adapter} multiplies its update by {scaling}: see its lora_alpha")
+
+
 def adapter_folder(adapter: str) -> str:
     """The folder of an adapter in peft's format: the folder named, or the download of a hub id.
 
-    Pickled weights are never downloaded; a folder without the two files is an InputError.
+    Pickled weights are never downloaded; a folder without the two files, or with damaged ones, is an
+    InputError.
     """
     folder = adapter_place(adapter, CONFIG_FILE, ADAPTER_FILE)
     missing = [name for name in (CONFIG_FILE, ADAPTER_FILE) if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{adapter} is no adapter in peft's format: it has no {' and no '.join(missing)}")
+    read_object(folder / CONFIG_FILE, ANEW)
+    open_tensors(folder / ADAPTER_FILE, ANEW)
     return str(folder)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from prefopt.errors import InputError
 
@@ -109,6 +109,37 @@ def used_variant(part: Path, variant: str | None) -> str | None:
     return variant if variant in map(variant_of, part.glob("*.safetensors")) else None
 
 
+# Reading what others may have damaged
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file; anything else there is an InputError that ends with `remedy`."""
+    _check_is_file(path, remedy)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON: {error}. {remedy}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object but a {type(content).__name__}. {remedy}")
+    return content
+
+
+def open_tensors(path: Path, remedy: str) -> Any:
+    """`safe_open` of a file of safetensors; a damaged one is an InputError that ends with `remedy`."""
+    _check_is_file(path, remedy)
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path} is no whole file of safetensors: {error}. {remedy}") from error
+
+
+def _check_is_file(path: Path, remedy: str) -> None:
+    # Also not a pipe, which would never end.
+    if not path.is_file():
+        what = "is no file" if path.exists() or path.is_symlink() else "is not there"
+        raise InputError(f"{path} {what}. {remedy}")
+
+
 # Writing
 
 
@@ -176,10 +207,10 @@ def check_identity(folder: Path, identity: Mapping[str, object], *, what: str, o
     `what` the folder is called in the message, `option` names the flag that chooses another one.
     """
     path = folder / "identity.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         write_atomically(path, json.dumps(identity, indent=2, sort_keys=True))
         return
-    found = json.loads(path.read_text())
+    found = read_object(path, f"Delete the folder {folder}, or name another {option}")
     for name in sorted(found.keys() | identity.keys()):
         if found.get(name) != identity.get(name):
             raise InputError(

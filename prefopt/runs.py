@@ -1,13 +1,12 @@
-"""What surrounds a training run: config.json, metrics.jsonl, progress, weight averaging, Ctrl-C."""
+"""What surrounds a training run: config.json, metrics.jsonl, progress, weight averaging, signals."""
 
 import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.errors import InputError
 from prefopt.files import write_atomically
+from prefopt.interrupts import Interrupted, on_signal
 from prefopt.progress import progress_bar
 
 LIBRARIES = (
@@ -80,9 +80,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    if lines and not lines[-1].endswith(b"}"):
-        lines.pop()  # a killed run, or a full disk, tears the last
+    *lines, _ = path.read_bytes().split(b"\n")  # a killed run, or a full disk, tears the last
     found = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -203,37 +201,31 @@ def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
+    """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second one ends it at once.
 
     All processes stop after the same step, whichever of them received the signal.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.received = False  # by this process
-        self.stopping = False  # agreed on by all
+        self.received = 0  # the number of the signal that this process received
+        self.agreed = 0  # that which any of the processes received
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle SIGINT while training."""
-        previous = signal.signal(signal.SIGINT, self._note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+    def listening(self) -> AbstractContextManager[None]:
+        """Handle the signals while training."""
+        return on_signal(self._note)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int) -> None:
         if self.received:
-            raise KeyboardInterrupt("at once, without a new checkpoint")
-        self.received = True
-        os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n")
+            raise Interrupted(number, "at once, without a new checkpoint")
+        self.received = number
+        os.write(2, b"\nstopping after this step, with a checkpoint; a second signal stops at once\n")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Request a checkpoint and the end of training once any process was interrupted."""
-        self.stopping = self.received
+        self.agreed = self.received
         if self.accelerator.num_processes > 1:
-            if self.stopping:
-                self.accelerator.set_trigger()
-            self.stopping = self.accelerator.check_trigger()
-        if self.stopping:
+            received: Any = self.accelerator.gather(torch.tensor([self.received], device=args.device))
+            self.agreed = int(received.max())
+        if self.agreed:
             control.should_save = control.should_training_stop = True

@@ -3,18 +3,21 @@
 import hashlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import yaml
+import psutil
 
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import write_atomically
+from prefopt.interrupts import Interrupted
 from prefopt.programs import find_config
+from prefopt.yaml_files import read_yaml
 
 NONE = "none"
 
@@ -35,16 +38,8 @@ def fill_presets(
         beginning = preset.stem.removesuffix(f"_{pocket.NAME}")
         file = str(preset if file == pocket.NAME else find_config(name, file, beginning))
         setattr(config, name, file)
-        if not isinstance(options_of(file), dict):
+        if not isinstance(read_yaml(file), dict):
             raise InputError(f"--{name}: {file} is no YAML file of options, each a name with a value")
-
-
-def options_of(file: str) -> Any:
-    """What a YAML file says; None if it is none."""
-    try:
-        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
 
 
 def run_steps(steps: Mapping[str, Sequence[str]], folder: Path, processes: int) -> None:
@@ -71,12 +66,27 @@ def run_steps(steps: Mapping[str, Sequence[str]], folder: Path, processes: int) 
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(begun, keys[-1])
         print(f"\n{shlex.join(words)}", flush=True)
-        if code := subprocess.run(words, check=False).returncode:
+        if code := _run(words):
             raise InputError(
                 f"the step {name} ended with exit code {code}, its message is above; mend it and run this "
                 "again"
             )
         write_atomically(done, keys[-1])
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run a launcher with its command, to the end even if a signal comes; its exit code."""
+    launched = subprocess.Popen(words)
+    try:
+        return launched.wait()
+    except Interrupted as end:
+        if end.number == signal.SIGTERM:  # a Ctrl-C comes to all of them by itself
+            itself = psutil.Process(launched.pid)
+            for process in itself.children() or [itself]:  # accelerate's launcher hands nothing on
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        launched.wait()
+        raise
 
 
 def _read(record: Path) -> str:

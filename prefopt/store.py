@@ -1,4 +1,4 @@
-"""Results that frozen models computed once, kept on disk by content key: tensors, and JSON.
+"""Tensors that frozen models computed once, kept on disk by content key.
 
 A store is a folder of safetensors shards and one `identity.json`, which says what the values depend on
 (weights, resolution, dtype). Shards are written whole and renamed into place, so a killed run leaves only
@@ -6,10 +6,8 @@ finished ones, and any number of processes may write side by side.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -101,44 +99,3 @@ class TensorStore:
     @staticmethod
     def _names(handle: safe_open) -> list[str]:
         return handle.metadata()["names"].split()
-
-
-class Ledger:
-    """Results of model calls by content key, as JSON lines: what is here need not be computed again.
-
-    Each process appends to a file of its own, `name-00000.jsonl` and so on, and reads all of them. What one
-    call of `add` takes is one line, so after a crash it is there whole or not at all.
-    """
-
-    def __init__(self, folder: Path, name: str, process: int = 0):
-        self.folder, self.name = folder, name
-        self._file = folder / f"{name}-{process:05d}.jsonl"
-        self._known: dict[str, Any] = {}
-        with reporting_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.refresh()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._known
-
-    def __getitem__(self, key: str) -> Any:
-        return self._known[key]
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def add(self, results: Mapping[str, Any]) -> None:
-        """Keep some results, which JSON can hold."""
-        # The newline goes first: a line that a killed run left half written stays alone.
-        with reporting_write_errors(self._file), self._file.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(results, allow_nan=False))
-        self._known |= results
-
-    def refresh(self) -> None:
-        """Read the files of all processes again; a line that a killed run left half written is no result."""
-        for path in sorted(self.folder.glob(f"{self.name}-*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    self._known |= json.loads(line)
-                except json.JSONDecodeError:
-                    continue

@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from prefopt.config import LATEST, PreferenceConfig
 from prefopt.draws import VisitSampler
 from prefopt.errors import InputError
 from prefopt.files import exclusive_lock, reporting_write_errors
+from prefopt.interrupts import Interrupted, begin_worker
 from prefopt.losses import reward_metrics
 from prefopt.model_card import write_card
 from prefopt.objectives import Batch, Loss, Objective, Scored
@@ -140,8 +142,9 @@ class PreferenceTrainer(CheckpointingTrainer):
         set_seed(self.args.seed)  # what was computed before, or found in a cache, leaves dropout alone
         with self.interrupt.listening():
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        if self.interrupt.stopping:
-            raise KeyboardInterrupt(f"checkpoint kept at step {self.state.global_step} of {output_dir}")
+        if self.interrupt.agreed:
+            kept = f"checkpoint kept at step {self.state.global_step} of {output_dir}"
+            raise Interrupted(self.interrupt.agreed, kept)
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -224,6 +227,12 @@ class PreferenceTrainer(CheckpointingTrainer):
         """The batches of an evaluation: of the trainer's dataset, of one by its name, or of another."""
         is_another = eval_dataset is not None and not isinstance(eval_dataset, str)
         return super().get_eval_dataloader(_held_out(eval_dataset) if is_another else eval_dataset)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader: Any = super()._get_dataloader(*args, **kwargs)
+        # A signal that comes to all processes would end the workers, and with them the step.
+        loader.base_dataloader.worker_init_fn = partial(begin_worker, loader.worker_init_fn)
+        return loader
 
     # The optimizer
 

@@ -3,17 +3,19 @@
 import functools
 import json
 import random
+import signal
 from multiprocessing import get_context
 from pathlib import Path
 
+import psutil
 import pytest
 from launching import die_at_save, launch, torchrun
 from pictures import write_pairs
 from running import logged
 
-from prefopt.cli import INTERRUPTED
 from prefopt.files import exclusive_lock
 from prefopt.hub import ADAPTER_FILE
+from prefopt.programs import INTERRUPTED, TERMINATED
 
 DPO = "recipes/diffusion_dpo.py"
 STEPS = 12
@@ -73,17 +75,28 @@ def test_killed_five_times_the_adapter_is_bit_identical(options, whole, tmp_path
     assert running.text().count("resuming from") >= 3
 
 
-def test_ctrl_c_keeps_a_checkpoint(options, whole, tmp_path):
+def test_a_signal_keeps_a_checkpoint(options, whole, tmp_path):
+    """Guards: a scheduler's SIGTERM that loses the steps since the last checkpoint."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    running = launch(DPO, {**options, "output_dir": folder}, log)
-    running.wait_until(lambda: lines(folder) >= 5)
-    running.interrupt()
-    assert running.wait() == INTERRUPTED, running.text()
-    assert f"checkpoint kept at step {lines(folder) - 1} of {folder}" in running.text()
-    assert (folder / f"checkpoint-{lines(folder) - 1}" / "trainer_state.json").exists()
-    assert not (folder / ADAPTER_FILE).exists()
+    more = {"output_dir": folder, "resume_from_checkpoint": None}
+    for number, code, wanted, workers in (
+        (signal.SIGTERM, TERMINATED, 3, 1),
+        (signal.SIGINT, INTERRUPTED, 7, 0),
+    ):
+        running = launch(DPO, {**options, **more, "dataloader_num_workers": workers}, log)
+        running.wait_until(lambda wanted=wanted: lines(folder) >= wanted)
+        # As a launcher and a scheduler do: to every process, the workers included, and again.
+        for process in [*psutil.Process(running.process.pid).children(), psutil.Process(running.process.pid)]:
+            process.send_signal(number)
+        running.interrupt(number)
+        assert running.wait() == code, running.text()
+        step = max(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
+        assert f"checkpoint kept at step {step} of {folder}" in running.text()
+        assert (folder / f"checkpoint-{step}" / "trainer_state.json").exists()
+        assert wanted - 1 <= step < STEPS
+        assert not (folder / ADAPTER_FILE).exists()
 
-    running = launch(DPO, {**options, "output_dir": folder, "resume_from_checkpoint": None}, log)
+    running = launch(DPO, {**options, **more}, log)
     assert running.wait() == 0, running.text()
     assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
 

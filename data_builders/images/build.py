@@ -43,8 +43,8 @@ from prefopt.errors import InputError
 from prefopt.judges.questions import Answer, Judge
 from prefopt.judges.reward import RUBRIC as REWARD
 from prefopt.judges.rubric import Rubric
+from prefopt.ledger import Ledger
 from prefopt.loading import Lazy
-from prefopt.store import Ledger
 
 # What decides on tables besides the images.
 DECIDING = (

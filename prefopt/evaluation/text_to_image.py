@@ -26,8 +26,8 @@ from prefopt.evaluation.systems import check_each_once
 from prefopt.evaluation.votes import Ballot, check_votes, system_identity
 from prefopt.files import content_key, remove_partials, reporting_write_errors
 from prefopt.images import read_saved, save_image
+from prefopt.ledger import Ledger
 from prefopt.progress import progress_bar
-from prefopt.store import Ledger
 
 SEEDS_APART = 1000  # from a prompt's seeds to the next prompt's
 

@@ -25,10 +25,22 @@ from transformers import (
     ProcessorMixin,
 )
 
-from prefopt.adapters import ADAPTER_FILE, POLICY, REFERENCE, adapter_folder, lora_config
+from prefopt.adapter_files import check_base_unchanged
+from prefopt.adapters import (
+    ADAPTER_FILE,
+    ANEW,
+    CONFIG_FILE,
+    POLICY,
+    REFERENCE,
+    adapter_folder,
+    check_scalings,
+    lora_config,
+)
 from prefopt.config import LoraArguments
 from prefopt.errors import InputError
-from prefopt.loading import UNUSABLE, first_line, load_complete, load_part, not_loaded
+from prefopt.files import read_object
+from prefopt.loading import UNUSABLE, check_finite, first_line, load_complete, load_part, not_loaded
+from prefopt.options import check_name
 
 VLM = "vision-language model"
 
@@ -169,12 +181,18 @@ def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
     unfit = f"the adapter {adapter} does not fit the {type(model).__name__} {model.name_or_path}"
     try:
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    except (*UNUSABLE, TypeError) as error:
-        raise InputError(f"{unfit}: its adapter_config.json cannot be read ({first_line(error)})") from error
+    except UNUSABLE as error:
+        raise InputError(f"{unfit}: its {CONFIG_FILE} cannot be read ({first_line(error)})") from error
+    if not isinstance(base, str | None):
+        raise InputError(f"{unfit}: base_model_name_or_path in its {CONFIG_FILE} is {base}, no name")
+    if base:
+        check_name(base, f"{unfit}: base_model_name_or_path in its {CONFIG_FILE}")
+    check_base_unchanged(read_object(Path(folder, CONFIG_FILE), ANEW), f"the adapter {adapter}")
+    check_finite(load_file(Path(folder, ADAPTER_FILE)), f"the adapter {adapter}")
     if base and model.name_or_path and not _can_be_same(base, model.name_or_path):
         raise InputError(
             f"{unfit}: it was trained on {base}. Name that model; or, if it is the same one under another "
-            f"name, change base_model_name_or_path in {folder}/adapter_config.json"
+            f"name, change base_model_name_or_path in {folder}/{CONFIG_FILE}"
         )
     try:
         with warnings.catch_warnings():
@@ -185,6 +203,7 @@ def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
         raise InputError(f"{unfit}: {_reason(error)}") from error
     if difference := _difference(policy, Path(folder, ADAPTER_FILE)):
         raise InputError(f"{unfit}: {difference}")
+    check_scalings(policy, POLICY, adapter)
     if outside := _adapted_outside(policy.get_base_model()):
         raise InputError(
             f"the adapter {adapter} has {len(outside)} layers outside of the language model, {outside[0]} "

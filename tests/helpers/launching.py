@@ -59,9 +59,9 @@ class Launch:
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.join()
 
-    def interrupt(self) -> None:
-        """Ctrl-C"""
-        os.kill(self.process.pid, signal.SIGINT)
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """Ctrl-C, or another signal."""
+        os.kill(self.process.pid, number)
 
     def text(self) -> str:
         """Everything it has printed so far."""

@@ -1,0 +1,59 @@
+"""How a program ends before its time: by Ctrl-C or SIGTERM, or because another of its processes is gone.
+
+A signal is one wish to end, though launchers and schedulers may send it several times at once.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# In the messages of gloo, of NCCL and of torch's store when another process is gone.
+LOST = ("/gloo/transport/", "remote process exit", "Connection was likely closed", "Broken pipe")
+TOGETHER = 1.0  # seconds: a scheduler signals every process, and a launcher hands the signal on
+
+_last = -TOGETHER
+
+
+class Interrupted(KeyboardInterrupt):
+    """The end of a program by a signal; its exit code is 128 and the signal's number, as a shell has it."""
+
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message)
+        self.number, self.code = number, 128 + number
+
+
+@contextmanager
+def on_signal(act: Callable[[int], None]) -> Iterator[None]:
+    """Within, call `act` with the number of a SIGINT or SIGTERM, once for all that come together."""
+
+    def receive(number: int, frame: object) -> None:
+        global _last
+        earlier, _last = _last, time.monotonic()
+        if _last - earlier > TOGETHER:
+            act(number)
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def interrupt(number: int) -> None:
+    """End what runs now, by an exception, so that whatever is open is closed."""
+    raise Interrupted(number)
+
+
+def begin_worker(then: Callable[[int], None] | None, number: int) -> None:
+    """In a worker: leave SIGINT and SIGTERM to the process that it works for, which ends it."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
+    if then is not None:
+        then(number)
+
+
+def has_lost_a_process(error: RuntimeError) -> bool:
+    """Whether this process waited for another one, which has ended or cannot be reached."""
+    return any(part in str(error) for part in LOST)
