@@ -1,6 +1,7 @@
 """Models by name: safetensors only, every weight there, known by their files before they are loaded."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import transformers
 from huggingface_hub import resolve_revision
 from huggingface_hub.errors import RevisionResolutionError, StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import InputError
@@ -40,6 +41,7 @@ UNUSABLE = (
     SafetensorError,
     RevisionResolutionError,
     StrictDataclassError,
+    re.error,  # names of layers are patterns
 )
 _ANEW = "save or download the pipeline again"
 _FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # that a model's answers may depend on
@@ -86,21 +88,22 @@ def load_complete(kind: Any, name: str | Path, what: str, revision: str | None =
             "%s in %s: %d tensors are not used, for a %s has none such as %s",
             *(what, name, len(unknown), kind_name, unknown[0]),
         )
-    check_finite(model, f"the {what} in {str(name)!r}")
+    check_finite(model.state_dict(), f"the {what} in {str(name)!r}")
     return model
 
 
-def check_finite(model: nn.Module, what: str) -> None:
-    """InputError if a weight is not finite; `what` they are, for the message."""
-    for key, value in model.state_dict().items():
+def check_finite(
+    tensors: Mapping[str, Tensor], what: str, remedy: str = "Name another model, or another dtype"
+) -> None:
+    """InputError, which ends with `remedy`, if a value is not finite; `what` the tensors are of."""
+    for key, value in tensors.items():
         # The sum takes one pass and no memory. It may overflow where all values are finite.
         is_plain = value.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         if not is_plain or value.is_meta or value.sum(dtype=torch.float32).isfinite():
             continue
         if not value.isfinite().all():
             raise InputError(
-                f"{what} has values that are not finite, in the tensor {key}: name another model, or, if "
-                f"{value.dtype} is too small for its values, load it in bfloat16 or float32"
+                f"{what} has values that are not finite in {value.dtype}, in the tensor {key}. {remedy}"
             )
 
 
@@ -211,7 +214,8 @@ def own_memory(module: nn.Module) -> nn.Module:
 
 def first_line(error: Exception) -> str:
     """The beginning of an error's message."""
-    return str(error).strip().split("\n")[0][:300]
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    return text.strip().split("\n")[0][:300]
 
 
 @contextmanager

@@ -181,7 +181,7 @@ class YoloWorld:
             raise InputError(
                 f"{folder / WEIGHTS_FILE} is not what its config.json describes: {first_line(error)}"
             ) from error
-        check_finite(self.model, f"the YOLO-World in {folder}")
+        check_finite(self.model.state_dict(), f"the YOLO-World in {folder}")
         self.model.eval().to(device)
         self.device, self.batch_size = device, batch_size
         self.min_confidence, self.max_overlap = min_confidence, max_overlap

@@ -13,14 +13,7 @@ from prefopt.errors import InputError
 from prefopt.files import file_key, named_files_key, used_variant, variant_of
 from prefopt.hub import ADAPTER_FILE, adapter_place, files_at
 from prefopt.model_files import MODEL_FILE, check_files, read_config
-from prefopt.options import (
-    check_name,
-    check_number,
-    check_options,
-    check_paths_exist,
-    check_revision,
-    option,
-)
+from prefopt.options import check_name, check_number, check_options, check_paths_exist, check_revision, option
 
 STEPS, GUIDANCE, SCALE = "[1, 10000]", "[0, 1000]", "[-1000, 1000]"  # ranges
 # What a text about a generator may change: the range of a number, None for a text.

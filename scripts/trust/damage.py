@@ -147,6 +147,22 @@ def overlapping(path: Path) -> None:
     header(content)(path)
 
 
+def metadata(**entries: str) -> Damage:
+    """Another header, the tensors as they are."""
+
+    def rewrite(path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        save_file(load_file(path), path, entries)
+
+    return rewrite
+
+
+def without_partner(values: dict[str, Any]) -> None:
+    """A LoRA's first factor without its second."""
+    del values[min(name for name in values if "lora_B" in name)]
+
+
 WEIGHTS: Mapping[str, Damage] = {
     "is empty": text(b""),
     "is half a file": half,
