@@ -24,6 +24,7 @@ ADVICE = {
     None: "Free some space if the disk is full",
     errno.ENOSPC: "Free some space",
     errno.EDQUOT: "Free some space",
+    errno.EFBIG: "Free some space, or allow larger files (ulimit -f)",
     errno.EROFS: "This disk is read-only: make it writable",
     errno.EACCES: "Change its permissions",
     errno.EPERM: "Change its permissions",
