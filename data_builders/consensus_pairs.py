@@ -34,7 +34,7 @@ from prefopt import pocket
 from prefopt.cli import run
 from prefopt.errors import InputError
 from prefopt.judges.rubric import Rubric
-from prefopt.options import check_interval, check_paths_exist, check_revision, option
+from prefopt.options import check_options, check_paths_exist, check_revision, option
 
 if TYPE_CHECKING:
     from prefopt.judges.questions import Judge
@@ -62,11 +62,15 @@ class ConsensusConfig(HubOptions):
         "Each a folder, a hub id or `pocket` (the default for the dataset `pocket`), quoted with further "
         f"words about it: `model rubric=file.yaml dtype=bfloat16`. Known are {', '.join(WORDS)}.",
     )
-    judge_batch_size: int = option(16, "Images judged at once.")
-    block_size: int = option(64, "Images per block; each process works on blocks of its own.")
+    judge_batch_size: int = option(16, "Images judged at once.", within="[1, 65536]")
+    block_size: int = option(
+        64, "Images per block; each process works on blocks of its own.", within="[1, 1e6]"
+    )
 
     min_agreement: float = option(
-        1.0, "Smallest share of the judges that prefer the chosen image of a pair that is kept."
+        1.0,
+        "Smallest share of the judges that prefer the chosen image of a pair that is kept.",
+        within="[0, 1]",
     )
     p_chosen: Literal["votes", "margin"] = option(
         "votes",
@@ -74,10 +78,11 @@ class ConsensusConfig(HubOptions):
         "as one more vote (votes), or the mean over the judges of sigmoid(chosen score - rejected score) "
         "(margin), which is a probability for reward models.",
     )
-    shard_megabytes: int = option(256, "Largest Parquet file of a table.")
+    shard_megabytes: int = option(256, "Largest Parquet file of a table.", within="[1, 1e6]")
     output_dir: str = option("data/consensus", "Folder for the dataset.")
 
     def __post_init__(self) -> None:
+        check_options(self)
         self.check_hub()
         if not self.judges and self.dataset_name not in (None, pocket.NAME):
             raise InputError(
@@ -89,8 +94,6 @@ class ConsensusConfig(HubOptions):
             raise InputError(f"--judges names {twice!r} twice; name each judge once")
         pocket.fill_defaults(self, [judge["name"] for judge in self.panel], "dataset_name")
         check_paths_exist(self, "dataset_name")
-        check_interval(self, "[0, 1]", "min_agreement")
-        check_interval(self, "[1, inf)", "judge_batch_size", "block_size", "shard_megabytes")
 
     @property
     def panel(self) -> list[dict[str, Any]]:
@@ -110,7 +113,10 @@ def judge_words(text: str) -> dict[str, Any]:
     if judge["dtype"] not in (dtypes := ("float32", "bfloat16", "float16")):
         raise InputError(f"{where}: dtype is {judge['dtype']!r}; choose from {', '.join(dtypes)}")
     check_revision(name, judge["revision"], where)
-    rubric = judge["rubric"] = Rubric.load(judge["rubric"])
+    try:
+        rubric = judge["rubric"] = Rubric.load(judge["rubric"])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     if rubric.checks or rubric.needs_class:
         what = "it asks about {class}"
         if rubric.checks:

@@ -46,7 +46,7 @@ from prefopt import pocket
 from prefopt.cli import run
 from prefopt.diffusion.generator import GenerationOptions
 from prefopt.errors import InputError
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_paths_exist, option
 
 SOURCES = ["turbo1 caption=raw steps=1", "turbo4 caption=vlm steps=4", "prepared4 caption=prepared steps=4"]
 TABLES = ("pairs", "ranked")
@@ -68,14 +68,20 @@ class DiscriminatorPairsConfig(HubOptions, GenerationOptions):
     dataset_revision: str | None = option(None, "Revision of the dataset on the hub.")
     dataset_split: str = option("train", "The split that is read.")
     num_images: int | None = option(
-        None, "Use the first N images that the scores allow (default: a table's all, the pocket's 240)."
+        None,
+        "Use the first N images that the scores allow (default: a table's all, the pocket's 240).",
+        within="[1, inf)",
     )
     min_aesthetic: float | None = option(
-        None, "Smallest aesthetic_score_laion_v2, or `aesthetic`; 6.5 for the best of COYO (default: any)."
+        None,
+        "Smallest aesthetic_score_laion_v2, or `aesthetic`; 6.5 for the best of COYO (default: any).",
+        within="(-inf, inf)",
     )
-    max_watermark: float | None = option(None, "Largest watermark_score (default: any).")
+    max_watermark: float | None = option(
+        None, "Largest watermark_score (default: any).", within="(-inf, inf)"
+    )
     max_nsfw: float | None = option(
-        None, "Largest nsfw_score_opennsfw2 and nsfw_score_gantman (default: any)."
+        None, "Largest nsfw_score_opennsfw2 and nsfw_score_gantman (default: any).", within="(-inf, inf)"
     )
     through_vae: bool = option(True, "Pass real images once through the generator's VAE.")
 
@@ -87,8 +93,8 @@ class DiscriminatorPairsConfig(HubOptions, GenerationOptions):
     captioner_revision: str | None = option(None, "Revision of that model on the hub.")
     captioner_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of that model.")
     captioner_prompt: str | None = option(None, f"Text file with the request (default: {QUESTION!r}).")
-    captioner_max_new_tokens: int = option(128, "Longest description, in tokens.")
-    captioner_batch_size: int = option(8, "Images described at once.")
+    captioner_max_new_tokens: int = option(128, "Longest description, in tokens.", within="[1, 1e6]")
+    captioner_batch_size: int = option(8, "Images described at once.", within="[1, 65536]")
 
     sources: list[str] = option(
         SOURCES,
@@ -96,13 +102,19 @@ class DiscriminatorPairsConfig(HubOptions, GenerationOptions):
         "prepared steps=4 guidance=0 adapter=folder scale=0.4`.",
     )
     captions: Caption = option("prepared", "The caption of the real image that becomes the tables' prompt.")
-    seed: int = option(0, "The seeds of the images, and the pocket's renders, follow from it.")
+    seed: int = option(
+        0, "The seeds of the images, and the pocket's renders, follow from it.", within="[0, 4294967295]"
+    )
     block_size: int = option(
-        32, "Real images per block; a crash loses at most the unfinished block of each process."
+        32,
+        "Real images per block; a crash loses at most the unfinished block of each process.",
+        within="[1, 1e6]",
     )
     exports: list[str] = option(list(TABLES), f"Tables to write beside candidates: {', '.join(TABLES)}.")
-    test_fraction: float = option(0.1, "Share of the real images that go to the split `test`.")
-    shard_megabytes: int = option(256, "Largest Parquet file of a table.")
+    test_fraction: float = option(
+        0.1, "Share of the real images that go to the split `test`.", within="[0, 1)"
+    )
+    shard_megabytes: int = option(256, "Largest Parquet file of a table.", within="[1, 1e6]")
     output_dir: str = option("data/discriminator", "Folder for the dataset.")
 
     def __post_init__(self) -> None:
@@ -111,10 +123,6 @@ class DiscriminatorPairsConfig(HubOptions, GenerationOptions):
         described = ["captioner_model_name_or_path"] if self.described else []
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name", *described)
         check_paths_exist(self, "dataset_name", "captioner_model_name_or_path", "captioner_prompt")
-        check_interval(self, "[1, inf)", "num_images", "captioner_max_new_tokens", "captioner_batch_size")
-        check_interval(self, "[1, inf)", "block_size", "shard_megabytes")
-        check_interval(self, "(-inf, inf)", "min_aesthetic", "max_watermark", "max_nsfw")
-        check_interval(self, "[0, 1)", "test_fraction")
         _ = self.question
         if unknown := [name for name in self.exports if name not in TABLES]:
             raise InputError(f"--exports {unknown[0]} is unknown; known are {', '.join(TABLES)}")
@@ -174,7 +182,7 @@ def main(config: DiscriminatorPairsConfig) -> None:
     from data_builders.engine.passes import processes
     from data_builders.images.graded import build
     from data_builders.images.real import Limits, read_real
-    from prefopt.store import Ledger
+    from prefopt.ledger import Ledger
 
     state = processes()
     with state.main_process_first():

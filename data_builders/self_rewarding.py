@@ -32,7 +32,7 @@ from data_builders.images.config import BuilderConfig
 from data_builders.prompts.config import PromptOptions
 from prefopt import pocket
 from prefopt.cli import run
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_paths_exist, option
 
 if TYPE_CHECKING:
     from prefopt.detectors import Detector
@@ -52,9 +52,9 @@ class SelfRewardingConfig(BuilderConfig, PromptOptions):
         "YOLO-World folder, OWLv2 folder or hub id, none, or `pocket` (the default for the model `pocket`).",
     )
     detector_revision: str | None = option(None, "Revision of the detector.")
-    detection_threshold: float = option(0.6, "Least confidence of a detection, in (0, 1].")
+    detection_threshold: float = option(0.6, "Least confidence of a detection, in (0, 1].", within="(0, 1]")
 
-    candidates: int = option(10, "Images per prompt.")
+    candidates: int = option(10, "Images per prompt.", within="[2, 10000]")
     rubric: str = option("class_conditional", "The questions: a YAML file, or one of ours by name.")
     exports: list[str] = option(["sft", "pairs", "ranked"], f"Tables to write: {', '.join(EXPORTS)}.")
     output_dir: str = option("data/self_rewarding", "Folder for the dataset.")
@@ -64,7 +64,6 @@ class SelfRewardingConfig(BuilderConfig, PromptOptions):
         PromptOptions.__post_init__(self)
         written = [] if self.prompts else ["writer_model_name_or_path"]
         pocket.fill_defaults(self, self.models, *written, "detector")
-        check_interval(self, "(0, 1]", "detection_threshold")
         check_paths_exist(self, "detector")
 
 

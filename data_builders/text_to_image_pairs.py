@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from data_builders.images.config import BuilderConfig
 from prefopt import pocket
 from prefopt.cli import run
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_options, check_paths_exist, option
 
 if TYPE_CHECKING:
     from prefopt.judges.questions import Judge
@@ -41,15 +41,15 @@ class TextToImagePairsConfig(BuilderConfig):
         "the model `pocket`).",
     )
     num_prompts: int | None = option(
-        None, "Use the first N prompts (default: a file's all, the pocket's 160)."
+        None, "Use the first N prompts (default: a file's all, the pocket's 160).", within="[1, inf)"
     )
     calibrate: bool = option(False, "Subtract the judge's answers about an empty image.")
     output_dir: str = option("data/pairs", "Folder for the dataset.")
 
     def __post_init__(self) -> None:
+        check_options(self)
         pocket.fill_defaults(self, self.models, "prompts")
         super().__post_init__()
-        check_interval(self, "[1, inf)", "num_prompts")
         check_paths_exist(self, "prompts")
         if self.prompts == pocket.NAME:
             self.num_prompts = self.num_prompts or 160

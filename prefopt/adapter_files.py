@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefopt.adapters import ADAPTER_FILE, CONFIG_FILE, adapter_folder
+from prefopt.adapters import ADAPTER_FILE, ANEW, CONFIG_FILE, adapter_folder
 from prefopt.diffusion.generator import adapter_file
 from prefopt.errors import InputError
-from prefopt.files import replacing, reporting_write_errors, write_atomically
+from prefopt.files import open_tensors, read_object, replacing, reporting_write_errors, write_atomically
 from prefopt.hub import ADAPTER_FILE as DIFFUSION_FILE
 from prefopt.hub import adapter_place
 
@@ -48,6 +47,7 @@ _REFUSED = {  # options of peft's LoraConfig
 }
 # Other initialisations take what they put into the factors out of the base weights.
 _BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
+LARGEST_ALPHA = 1e9
 _EQUAL = ("fan_in_fan_out", "layer_replication", "trainable_token_indices")
 
 
@@ -91,13 +91,24 @@ class AdapterFile:
             raise InputError(f"{self.name}: its metadata says nothing about {layer}")
         config = self.configs.get(part, {"r": r, "lora_alpha": self.alphas.get(layer, r)})
         inner = layer.removeprefix(part)
-        configured = _of_layer(config, "rank_pattern", "r", inner)
+        configured = self._of_layer(config, "rank_pattern", "r", inner)
         if configured != r:
             raise InputError(f"{self.name}: {layer} has rank {r} in the tensors, {configured} in the config")
-        alpha = _of_layer(config, "alpha_pattern", "lora_alpha", inner)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise InputError(f"{self.name}: the alpha of {layer} is {alpha!r}, not a number")
+        alpha = self._of_layer(config, "alpha_pattern", "lora_alpha", inner)
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < LARGEST_ALPHA:
+            raise InputError(
+                f"{self.name}: the alpha of {layer} is {str(alpha)[:40]}, no number under {LARGEST_ALPHA:g}"
+            )
         return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+    def _of_layer(self, config: Mapping[str, Any], pattern: str, default: str, layer: str) -> Any:
+        patterns = config.get(pattern) or {}
+        try:
+            return patterns.get(get_pattern_key(list(patterns), layer), config.get(default))
+        except (AttributeError, TypeError, re.error) as error:
+            raise InputError(
+                f"{self.name}: its {pattern} is {patterns}, which names no layers: {error}. {ANEW}"
+            ) from error
 
     def tensor(self, name: str) -> Tensor:
         """One tensor; values that are not finite are an InputError."""
@@ -105,11 +116,6 @@ class AdapterFile:
         if not value.isfinite().all():
             raise InputError(f"{self.name}: {name} holds values that are not finite; train it again")
         return value
-
-
-def _of_layer(config: Mapping[str, Any], pattern: str, default: str, layer: str) -> Any:
-    patterns = config.get(pattern) or {}
-    return patterns.get(get_pattern_key(list(patterns), layer), config.get(default))
 
 
 # Reading
@@ -122,39 +128,35 @@ def read_adapter(adapter: str | Path) -> AdapterFile:
         path = path.parent
     diffusion = not (path / CONFIG_FILE).is_file()
     file = adapter_file(adapter) if diffusion else Path(adapter_folder(str(path))) / ADAPTER_FILE
-    try:
-        tensors: Any = safe_open(file, framework="pt")
-        text = None if diffusion else (file.parent / CONFIG_FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"the adapter {name} cannot be read: {error}") from error
-    header = tensors.metadata() or {}
-    configs = _metadata(header, name) if text is None else {_PEFT: _options(text, name)}
+    tensors = open_tensors(file, ANEW)
+    if diffusion:
+        configs = header_configs(file, name)
+    else:
+        configs = {_PEFT: read_object(file.parent / CONFIG_FILE, ANEW)}
     for config in configs.values():
         _check_config(config, name)
     return _described(name, file, tensors, configs)
 
 
-def _metadata(header: Mapping[str, str], name: str) -> dict[str, dict[str, Any]]:
+def header_configs(file: Path, name: str) -> dict[str, dict[str, Any]]:
     """The configs in the header of a file that diffusers loads, by component."""
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY  # a folder of peft's needs no diffusers
 
+    header = open_tensors(file, ANEW).metadata() or {}
     if "alpha" in header:
         raise InputError(f"{name} has an alpha in its header, which not every pipeline reads; save it anew")
     configs: dict[str, dict[str, Any]] = {}
-    for key, value in _options(header.get(LORA_ADAPTER_METADATA_KEY, "{}"), name).items():
+    text = header.get(LORA_ADAPTER_METADATA_KEY, "{}")
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the config in the header of {name} is no JSON: {error}. {ANEW}") from error
+    if not isinstance(options, dict):
+        raise InputError(f"the config in the header of {name} is {text[:40]!r}, not an object. {ANEW}")
+    for key, value in options.items():
         part, _, option = key.partition(".")
         configs.setdefault(f"{part}.", {})[option] = value
     return configs
-
-
-def _options(text: str, name: str) -> dict[str, Any]:
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"the config of the adapter {name} is no JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise InputError(f"the config of the adapter {name} is {text[:40]!r}, not an object of options")
-    return options
 
 
 def _check_config(config: Mapping[str, Any], name: str) -> None:
@@ -164,6 +166,14 @@ def _check_config(config: Mapping[str, Any], name: str) -> None:
         raise InputError(f"{name} is of the type {kind}; only LORA adapters are read")
     if refused := next((option for option in _REFUSED if config.get(option)), None):
         raise InputError(f"{name} is no plain LoRA ({refused}): {_REFUSED[refused]}")
+    layers = config.get("target_modules")
+    if not isinstance(layers, str | list | None) or not all(isinstance(layer, str) for layer in layers or ()):
+        raise InputError(f"{name}: its target_modules are {layers}, no names of layers. {ANEW}")
+    check_base_unchanged(config, name)
+
+
+def check_base_unchanged(config: Mapping[str, Any], name: str) -> None:
+    """InputError for an adapter whose loading would change the weights that it is put on."""
     start = config.get("init_lora_weights", True)
     if start not in _BASE_UNCHANGED:
         raise InputError(
@@ -186,6 +196,8 @@ def _described(name: str, path: Path, tensors: Any, configs: dict[str, dict[str,
                 left -= {first, second}
     # Where there is a config, it has the alphas; such tensors are then an error below.
     named = {} if configs else {layer: f"{layer}.alpha" for layer in pairs if f"{layer}.alpha" in left}
+    if several := [alpha for alpha in named.values() if math.prod(tensors.get_slice(alpha).get_shape()) != 1]:
+        raise InputError(f"{name}: {several[0]} is not one number; {ANEW}")
     alphas = {layer: tensors.get_tensor(alpha).item() for layer, alpha in named.items()}
     whole = tuple(sorted(left - set(named.values())))
     file = AdapterFile(name, path, tensors, pairs, alphas, whole, configs)

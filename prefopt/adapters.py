@@ -5,18 +5,24 @@ frozen, under the name `reference`: what was trained before is part of what the 
 """
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from prefopt.config import LORA, LoraArguments
 from prefopt.errors import InputError
+from prefopt.files import open_tensors, read_object
 from prefopt.hub import adapter_place
 
 POLICY, REFERENCE = "default", "reference"  # names of adapters
 CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # in peft's format
+ANEW = "Save or download the adapter again, or name another one"  # what to do about a damaged one
 
 
 def lora_config(arguments: LoraArguments, default_targets: list[str] | str, **kwargs: Any) -> LoraConfig:
@@ -81,13 +87,43 @@ def reference_scales(model: nn.Module) -> dict[str, float]:
     return {name: layer.scaling[REFERENCE] for name, layer in layers if REFERENCE in layer.scaling}
 
 
+def check_scalings(model: nn.Module, name: str, adapter: object) -> None:
+    """InputError unless the loaded adapter `name` has a scaling in each layer that leaves an update."""
+    for layer in adapter_layers(model):
+        scaling = layer.scaling.get(name, 1.0)
+        if not 0 < scaling < math.inf:
+            raise InputError(f"the adapter {adapter} multiplies its update by {scaling}: see its lora_alpha")
+
+
 def adapter_folder(adapter: str) -> str:
     """The folder of an adapter in peft's format: the folder named, or the download of a hub id.
 
-    Pickled weights are never downloaded; a folder without the two files is an InputError.
+    Pickled weights are never downloaded; a folder without the two files, or with damaged ones, is an
+    InputError.
     """
     folder = adapter_place(adapter, CONFIG_FILE, ADAPTER_FILE)
     missing = [name for name in (CONFIG_FILE, ADAPTER_FILE) if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{adapter} is no adapter in peft's format: it has no {' and no '.join(missing)}")
+    read_object(folder / CONFIG_FILE, ANEW)
+    open_tensors(folder / ADAPTER_FILE, ANEW)
     return str(folder)
+
+
+def difference_of_adapter(model: PeftModel, file: Path, weights: Mapping[str, Tensor] | None = None) -> str:
+    """What tells the policy's adapter from a file, or nothing.
+
+    `weights` are the gathered ones of a model that its processes share.
+    """
+    written = load_file(file)
+    gathered: Any = None if weights is None else dict(weights)
+    state = get_peft_model_state_dict(model, gathered, adapter_name=POLICY, save_embedding_layers=False)
+    if not written:
+        return "the file holds no tensors"
+    if missing := sorted(set(state) ^ set(written)):
+        where = "file" if missing[0] in state else "model"
+        return f"{len(missing)} names are on one side only; {missing[0]} is missing in the {where}"
+    changed = [
+        name for name, value in state.items() if not torch.equal(value.cpu(), written[name].to(value.dtype))
+    ]
+    return f"{len(changed)} tensors differ, {changed[0]} among them" if changed else ""

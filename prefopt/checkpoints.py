@@ -13,12 +13,14 @@ from peft import PeftModel
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from prefopt.adapters import ADAPTER_FILE, difference_of_adapter
 from prefopt.errors import InputError
 from prefopt.files import make_readable, reporting_write_errors
-from prefopt.loading import UNUSABLE, first_line
+from prefopt.loading import check_finite
+from prefopt.resuming import reading
 from prefopt.runs import Ema
 
 STAGING = "unfinished"  # no name that transformers takes for a checkpoint
@@ -103,10 +105,20 @@ class CheckpointingTrainer(Trainer):
         if checkpoint.exists():  # of an earlier run; deleted in its place, it could be left in halves
             os.rename(checkpoint, staged.with_name("replaced"))
         os.rename(staged, checkpoint)
-        shutil.rmtree(staged.parent)
-        rotate_checkpoints(
-            str(checkpoint.parent), self.args.save_total_limit, self.state.best_model_checkpoint
-        )
+        self._rotate(checkpoint.parent)
+
+    def _rotate(self, run_dir: Path) -> None:
+        """Remove the oldest checkpoints beyond save_total_limit, and what was staged.
+
+        Out of sight first: a removal that is cut short leaves nothing that looks like a checkpoint.
+        """
+        staging, found = run_dir / STAGING, sort_checkpoints(str(run_dir))
+        staging.mkdir(exist_ok=True)
+        others = [one for one in found[:-1] if one != self.state.best_model_checkpoint]
+        limit = self.args.save_total_limit or len(found)
+        for checkpoint in others[: max(0, len(found) - limit)]:
+            os.rename(checkpoint, staging / Path(checkpoint).name)
+        shutil.rmtree(staging)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what was trained, as its library reads it; the final model is the average if one is kept.
@@ -163,16 +175,49 @@ class CheckpointingTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the trained weights; what does not fit the model, or is not finite, is an InputError."""
+        with reading(resume_from_checkpoint, "model"):
+            self._load_weights(resume_from_checkpoint, model)
+            if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # of which a process sees a part
+                self._check_loaded(resume_from_checkpoint)
+
+    def _check_loaded(self, checkpoint: str) -> None:
+        trained = {name: value.data for name, value in self.model.named_parameters() if value.requires_grad}
+        check_finite(trained, f"the model in {checkpoint}", "It is damaged")
+        file = Path(checkpoint, ADAPTER_FILE)
+        if isinstance(self.model, PeftModel) and (found := difference_of_adapter(self.model, file)):
+            raise InputError(f"{file} is not the adapter of this model: {found}")
+
+    def _load_weights(self, resume_from_checkpoint: str, model: nn.Module | None) -> None:
         if isinstance(self.model, SavesItself) and not self.is_fsdp_enabled:
             self.model.load_weights(resume_from_checkpoint)
         elif _is_plain(self.model) and not self.is_fsdp_enabled:
             file = Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)
-            try:
+            with reading(file, f"weights of a {type(self.model).__name__}"):
                 load_model(self.model, file)
-            except UNUSABLE as error:
-                kind = type(self.model).__name__
-                raise InputError(
-                    f"{file} does not hold the weights of this {kind}: {first_line(error)}"
-                ) from error
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # The Trainer would go on with the weights that the model had before.
+        values = self.model.state_dict(keep_vars=True)
+        tied = {id(value) for name, value in values.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(values.get(name)) not in tied]
+        for what, names in (("lack", missing), ("have beyond it", load_result.unexpected_keys)):
+            if names:
+                raise InputError(
+                    f"the checkpoint's weights do not fit this {type(self.model).__name__}: they {what} "
+                    f"{len(names)} tensors, {names[0]} among them"
+                )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint), "state of the optimizer or its schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint), "state of the gradient scaler"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint), "state of the random numbers"):
+            super()._load_rng_state(checkpoint)

@@ -14,9 +14,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import UnionType
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 # OpenMP reads it when torch is loaded: threads that wait leave their cores to others, but not at once, which
 # would take twice as long where there are none.
@@ -24,25 +26,32 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import psutil
-from trl import TrlParser
-from yaml import YAMLError
+from transformers import HfArgumentParser
 
 from prefopt.errors import InputError
 from prefopt.files import exclusive_lock
 from prefopt.interrupts import Interrupted, has_lost_a_process, interrupt, on_signal
-from prefopt.options import COMMON_OPTIONS
+from prefopt.options import COMMON_OPTIONS, option_types, shown
 from prefopt.programs import BAD_INPUT, FAILED, INTERRUPTED, find_config
+from prefopt.yaml_files import read_yaml
 
 Config = TypeVar("Config")
 LOST_MESSAGE = "another process of this run has ended, or cannot be reached; see its own message."
 
 
-class Parser(TrlParser):
-    """trl's parser with a short help, and errors in place of tracebacks."""
+class Parser(HfArgumentParser):
+    """transformers' parser with a short help, errors in place of tracebacks, and values of a YAML file."""
 
     def __init__(self, config_class: Any, **kwargs: Any):
         self.config_class = config_class
         super().__init__(config_class, **kwargs)
+
+    @staticmethod
+    def _parse_dataclass_field(parser: Any, field: dataclasses.Field) -> None:
+        """Add an option; its range is not argparse's, but checked where the config is made."""
+        plain: Any = copy(field)
+        plain.metadata = {name: value for name, value in field.metadata.items() if name != "within"}
+        HfArgumentParser._parse_dataclass_field(parser, plain)
 
     def print_help(self, file=None) -> None:
         """Print the options people use, or with --help-all every option."""
@@ -55,7 +64,7 @@ class Parser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong, without a usage text of a hundred lines."""
-        raise InputError(message)
+        raise InputError(message if len(message) < 700 else f"{message[:600]} ... {message[-50:]}")
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse unknown words before the config is made, whose checks may load files or ask the hub."""
@@ -63,23 +72,71 @@ class Parser(TrlParser):
         _refuse_unknown(unknown, list(self._option_string_actions))
         return namespace, unknown
 
-    def set_defaults_with_config(self, **values: Any) -> list[str]:
-        """Convert a file's values as a flag's are converted: by the option's type, checked by its choices."""
-        for action in self._actions:
-            value = values.get(action.dest)
-            if value is None:
-                continue
-            if action.choices and value not in action.choices:
-                raise InputError(
-                    f"{action.dest} is {value!r}; choose from {', '.join(map(str, action.choices))}"
-                )
-            if action.nargs == "+" and not isinstance(value, list):
-                values[action.dest] = [value]
-            elif isinstance(value, int | float):
-                values[action.dest] = str(value)  # argparse converts a default that is text
-        unknown = super().set_defaults_with_config(**values)
-        _refuse_unknown(unknown, list(self._option_string_actions))
-        return unknown
+    def config(self, words: list[str], file: str | None) -> Any:
+        """The config that the words of a command line describe, over the values of a YAML file."""
+        if file is not None:
+            self.set_defaults(**self.values_of(file))
+        given = vars(self.parse_known_args(words)[0])
+        names = [field.name for field in dataclasses.fields(self.config_class) if field.init]
+        return self.config_class(**{name: given[name] for name in names})
+
+    def values_of(self, file: str) -> dict[str, Any]:
+        """The values of a YAML file by option, each of a type that its option takes."""
+        entries = read_yaml(file)
+        if not isinstance(entries, dict):
+            found = "is empty" if entries is None else f"is a {type(entries).__name__}, no mapping"
+            raise InputError(f"{file} {found}; write options into it, each on a line, as max_steps: 100")
+        hints = get_type_hints(self.config_class)
+        actions = {action.dest: action for action in self._actions if action.dest in hints}
+        for name in entries:
+            if name not in actions:
+                raise InputError(f"{file}: {shown(name)} is no option; {_nearest(str(name), list(actions))}")
+        return {
+            name: _value_of_file(value, f"{file}: {name}", actions[name], hints[name])
+            for name, value in entries.items()
+        }
+
+
+def _value_of_file(value: Any, where: str, action: argparse.Action, hint: Any) -> Any:
+    """A value of a YAML file as its option takes it; InputError for a value of another type."""
+    kinds = {
+        get_origin(part) or part
+        for part in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint])
+    }
+    if value is None and type(None) not in kinds:
+        raise InputError(f"{where} has no value; give it one, or leave the line out")
+    if value is None or (isinstance(value, dict) and dict in kinds):
+        return value
+    if isinstance(value, dict) or (isinstance(value, list) and list not in kinds):
+        found = "a list" if isinstance(value, list) else "a mapping"
+        raise InputError(f"{where} is {found}; it is a single value")
+    if isinstance(value, list):
+        return [_single(one, where, action, option_types(hint)) for one in value]
+    single = _single(value, where, action, option_types(hint))
+    return [single] if action.nargs == "+" else single
+
+
+def _single(value: Any, where: str, action: argparse.Action, types: set[Any]) -> Any:
+    """A single value of a YAML file, by the type and choices of its option as a flag's."""
+    numeric = bool(types & {int, float})
+    if value is None or isinstance(value, list | dict):
+        raise InputError(f"{where} holds {shown(value)}; it is a list of single values")
+    if isinstance(value, bool) and bool not in types:
+        raise InputError(
+            f"{where} is {str(value).lower()}; it is {'a number' if numeric else 'text, in quotes'}"
+        )
+    if bool in types and not isinstance(value, bool):
+        value = str(value)  # yes, 1, ... as a flag's
+    if isinstance(value, int | float) and not isinstance(value, bool) and not numeric:
+        raise InputError(f"{where} is the number {value}; if text is meant, write it in quotes: '{value}'")
+    if isinstance(value, str) and callable(action.type):
+        try:
+            value = action.type(value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise InputError(f"{where} is {shown(value)}: {str(error)[:300]}") from error
+    if action.choices and value not in action.choices:
+        raise InputError(f"{where} is {shown(value)}; choose from {', '.join(map(str, action.choices))}")
+    return value
 
 
 def parse(config_class: type[Config], arguments: list[str] | None = None) -> Config:
@@ -91,13 +148,7 @@ def parse(config_class: type[Config], arguments: list[str] | None = None) -> Con
     parser.add_argument(
         "--config", metavar="FILE", help="a YAML file with values for these options, or a preset by its name"
     )
-    try:
-        words = _with_one_config(sys.argv[1:] if arguments is None else arguments)
-        return parser.parse_args_and_config(words)[0]
-    except (ValueError, OSError, TypeError, YAMLError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(str(error)) from error
+    return parser.config(*_without_config(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
@@ -173,29 +224,30 @@ def check_launch() -> None:
 
 
 def _refuse_unknown(words: list[str], known: list[str]) -> None:
-    """InputError for words of the command line or its file that no option took, with the nearest option."""
+    """InputError for words of the command line that no option took, with the nearest option."""
     for word in words:
         name = word.partition("=")[0]
-        if not name.startswith("--"):
-            continue
-        near = get_close_matches(name, known, n=1)
-        raise InputError(
-            f"{name} is no option; "
-            + (f"did you mean {near[0]}?" if near else "--help shows those there are")
-        )
+        if name.startswith("--"):
+            raise InputError(f"{name[:200]} is no option; {_nearest(name, known)}")
     if words:
-        raise InputError(f"{words[0]!r} is no option and belongs to none; an option begins with --")
+        raise InputError(f"{shown(words[0])} is no option and belongs to none; an option begins with --")
 
 
-def _with_one_config(arguments: list[str]) -> list[str]:
-    """The arguments with `--config=file` as two words, as trl's parser wants it, a preset as its path."""
+def _nearest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else "--help shows those there are"
+
+
+def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--config`, and the file that it names, a preset's if it is the name of one."""
     words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if words.count("--config") > 1 or words[-1:] == ["--config"]:
         raise InputError("--config takes one YAML file")
-    if "--config" in words:
-        place = words.index("--config") + 1
-        words[place] = str(find_config("config", words[place], beginning=Path(sys.argv[0]).stem))
-    return words
+    if "--config" not in words:
+        return words, None
+    place = words.index("--config")
+    file = find_config("config", words[place + 1], beginning=Path(sys.argv[0]).stem)
+    return words[:place] + words[place + 2 :], str(file)
 
 
 def _summary(config: Any) -> str:
@@ -207,6 +259,8 @@ def _summary(config: Any) -> str:
 
 
 def _say(message: str, code: int) -> int:
+    if progress := sys.modules.get("prefopt.progress"):  # which imports torch
+        progress.close_bars()
     print(message, file=sys.stderr, flush=True)
     return code
 

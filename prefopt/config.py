@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,30 +12,12 @@ from transformers import TrainingArguments
 from prefopt import pocket
 from prefopt.draws import visit_order
 from prefopt.errors import InputError
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_options, check_paths_exist, option
 from prefopt.sharding import check_fsdp, load_whole_models
+from prefopt.trainer_options import check_trainer_options, check_training
 
 LATEST = "latest"
 LORA = {"lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False}  # of a fresh adapter
-
-# Options of the Trainer that nothing here reads, and what to use in their place.
-IDLE = {
-    "label_smoothing_factor": ": --label_smoothing is that of preferences",
-    "neftune_noise_alpha": "",
-    "use_liger_kernel": "",
-    "liger_kernel_config": "",
-    "auto_find_batch_size": ": an epoch's order is planned for one batch size",
-    "prediction_loss_only": "",
-    "include_for_metrics": "",
-    "batch_eval_metrics": "",
-    "label_names": "",
-    "train_sampling_strategy": ": the order is that of the seed",
-    "length_column_name": "",
-    "dataloader_drop_last": ": the last batch of an epoch is filled up",
-    "do_train": "",
-    "do_eval": ": --eval_strategy and a test split evaluate",
-    "do_predict": "",
-}
 
 
 @dataclass(frozen=True)
@@ -72,17 +54,19 @@ class PreferenceConfig(TrainingArguments):
         None,
         "Reuse timesteps and noise every N epochs (default: always new); with --reference cache, "
         "N draws per example are cached.",
+        within="[1, 1e9]",
     )
     cache_dir: str | None = option(
         None, "Folder for encodings and reference scores (default: OUTPUT_DIR/cache)."
     )
     ema_decay: float | None = option(
-        None, "Save an exponential moving average of the trained weights, e.g. 0.999."
+        None, "Save an exponential moving average of the trained weights, e.g. 0.999.", within="(0, 1)"
     )
     early_stopping_patience: int | None = option(
         None,
         "Stop after N measurements without a lower eval_loss, and keep the weights of the lowest; measure "
         "and save at the same steps (default: never).",
+        within="[1, 1e9]",
     )
     resume_from_checkpoint: str | None = option(
         None,
@@ -92,7 +76,7 @@ class PreferenceConfig(TrainingArguments):
     )
     output_dir: str = option("runs/preference", "Folder for the trained model, checkpoints and logs.")
     remove_unused_columns: bool | None = option(False, "Has no effect here.")
-    logging_steps: float = option(10, "Log every N steps.")
+    logging_steps: float = option(10, "Log every N steps.", within="(0, 1e9]")
     logging_first_step: bool = option(True, "Log the first step, too: for dpo its loss is ln 2, 0.6931.")
     logging_nan_inf_filter: bool = option(
         False, "Has no effect here: a loss that is not finite stops the run."
@@ -100,10 +84,12 @@ class PreferenceConfig(TrainingArguments):
     report_to: None | str | list[str] = option(  # noqa: RUF036 - the parser reads the type in the middle
         "none", "Trackers besides metrics.jsonl: tensorboard, wandb, trackio, ..."
     )
-    save_total_limit: int | None = option(2, "Keep the last N checkpoints.")
+    save_total_limit: int | None = option(2, "Keep the last N checkpoints.", within="[1, inf)")
 
     def __post_init__(self) -> None:
-        self._refuse_idle()
+        check_options(self)
+        check_trainer_options(self)
+        self.report_to = self.report_to or "none"
         # Without an accelerator, half precision is the CPU's own affair; transformers wants to be told.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.early_stopping_patience is not None:
@@ -112,16 +98,12 @@ class PreferenceConfig(TrainingArguments):
             self.load_best_model_at_end = True
         try:
             super().__post_init__()
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        except (ValueError, ImportError) as error:
+            raise InputError(" ".join(str(error).split())) from error
         # An accelerate config file may set the precision, too.
         self.bf16, self.fp16 = self.mixed_precision == "bf16", self.mixed_precision == "fp16"
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed is {self.seed}; a seed lies between 0 and 2^32 - 1")
-        self._check_trackers()
-        check_interval(self, "[1, inf)", "visits", "early_stopping_patience")
-        check_interval(self, "(0, 1)", "ema_decay")
+        check_training(self)
         self.check_shards()
 
     @property
@@ -141,27 +123,6 @@ class PreferenceConfig(TrainingArguments):
             load_whole_models()
         elif self.sharding == "FSDP":
             check_fsdp(self.fsdp_config if self.fsdp else None, use_cpu=self.use_cpu)
-
-    def _refuse_idle(self) -> None:
-        """InputError for an option of the Trainer that nothing here reads: it would be a promise not kept."""
-        fresh = {field.name: field for field in fields(TrainingArguments)}
-        for name, instead in IDLE.items():
-            make = fresh[name].default_factory
-            if getattr(self, name) != (fresh[name].default if make is MISSING else make()):
-                raise InputError(f"--{name} has no effect in this recipe{instead}; leave it out")
-
-    def _check_trackers(self) -> None:
-        """InputError for a tracker that is not installed: the Trainer would say so after encoding."""
-        if self.report_to in ("none", [], ["none"]):
-            return
-        from transformers.integrations import get_reporting_integration_callbacks
-
-        try:
-            for tracker in get_reporting_integration_callbacks(self.report_to):
-                tracker()
-        except (ValueError, RuntimeError, ImportError) as error:
-            given = self.report_to if isinstance(self.report_to, str) else " ".join(self.report_to or ())
-            raise InputError(f"--report_to {given}: {error}") from error
 
     @property
     def global_batch(self) -> int:
@@ -196,9 +157,13 @@ class LoraArguments:
     """The LoRA options, under trl's names."""
 
     use_peft: bool = option(True, "Train a LoRA adapter; --no_use_peft trains all weights.")
-    lora_r: int | None = option(None, "LoRA rank (default: 16).")
-    lora_alpha: int | None = option(None, "LoRA alpha: the update is scaled by alpha / r (default: 16).")
-    lora_dropout: float | None = option(None, "Dropout of the LoRA input, in the policy only (default: 0).")
+    lora_r: int | None = option(None, "LoRA rank (default: 16).", within="[1, 65536]")
+    lora_alpha: int | None = option(
+        None, "LoRA alpha: the update is scaled by alpha / r (default: 16).", within="[1, 1e6]"
+    )
+    lora_dropout: float | None = option(
+        None, "Dropout of the LoRA input, in the policy only (default: 0).", within="[0, 1)"
+    )
     lora_target_modules: list[str] | None = option(
         None, "Names of the layers that get an adapter (default: the attention projections)."
     )
@@ -267,7 +232,9 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
     model_name_or_path: str = option("", "The model to train: a folder or a hub id.")
     learning_rate: float | None = None
     model_revision: str | None = option(None, "Revision of the model on the hub.")
-    max_train_samples: int | None = option(None, "Train on the first N examples (default: all).")
+    max_train_samples: int | None = option(
+        None, "Train on the first N examples (default: all).", within="[1, inf)"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32",
         "Precision of the frozen weights; trained weights stay float32. --bf16 and --fp16 set the precision "
@@ -281,9 +248,9 @@ class RecipeConfig(PreferenceConfig, LoraArguments, DatasetArguments):
         LoraArguments.__post_init__(self)
         if not self.model_name_or_path:
             raise InputError("--model_name_or_path is missing; name a folder or a hub id")
+        check_paths_exist(self, "model_name_or_path")
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name")
-        check_paths_exist(self, "model_name_or_path", "dataset_name", "adapter_name_or_path")
-        check_interval(self, "[1, inf)", "max_train_samples", "lora_r", "lora_alpha")
+        check_paths_exist(self, "dataset_name", "adapter_name_or_path")
         self._check_evaluation()
         if self.adapter_name_or_path and not self.use_peft:
             raise InputError("--adapter_name_or_path trains that adapter; leave out --no_use_peft")

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 KEYS = ("PREFOPT_API_KEY", "OPENAI_API_KEY")
 ABSENT = (404, 405, 501)  # what a server says to a route that it does not have
+LONGEST_ADDRESS = 400  # characters: with a longer one no message could name it
 LONGEST_WAIT = 30.0  # seconds between two tries of a server that does not say how long
 LONGEST_OBEYED = 600.0  # seconds that a Retry-After may ask for
 _OF_THE_WIRE = ("content-encoding", "content-length", "transfer-encoding")  # not of the decoded answer
@@ -64,7 +65,7 @@ class Endpoint:
         retries: int = 10,
         timeout: float = 300.0,
         first_wait: float = 0.5,
-        max_bytes: int = 64 * 2**20,
+        max_bytes: int = 8 * 2**20,
     ):
         self.url = _checked(url)
         self.retries, self.timeout, self.max_bytes = retries, timeout, max_bytes
@@ -88,6 +89,9 @@ class Endpoint:
             after = None
             try:
                 response = self._response(url, body)
+            except httpx2.DecodingError as error:
+                self._answered = True
+                raise InputError(f"{url} answered what cannot be decompressed: {error}") from error
             except httpx2.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
             else:
@@ -157,11 +161,13 @@ class Endpoint:
             )
             raise Refused(f"{url} answered {self._status(response)}.{hint}", response.status_code)
         try:
-            answer = json.loads(response.text)
-        except ValueError:
-            answer = None
+            answer = json.loads(response.content, object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            answer, reason = None, f" ({self.without_key(str(error))[:100]})"
+        else:
+            reason = ""
         if not isinstance(answer, dict):
-            raise InputError(f"{url} answered {self._status(response)}, which is no JSON object")
+            raise InputError(f"{url} answered {self._status(response)}, which is no JSON object{reason}")
         try:
             return read(answer)
         except Unfit as error:
@@ -208,12 +214,27 @@ def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], concurren
 
 
 def chat_text(body: Mapping[str, Any]) -> tuple[str, bool]:
-    """A chat completion's text, and whether it ended by itself, not at its longest length."""
+    """A chat completion's text, and whether it ended by itself, not at its longest length.
+
+    A half of a surrogate pair, which no file could hold, becomes a question mark.
+    """
     try:
         choice = body["choices"][0]
-        return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
-    except (KeyError, IndexError, TypeError) as error:
+        content, reason = choice["message"]["content"], choice.get("finish_reason")
+    except (LookupError, TypeError, AttributeError) as error:
         raise Unfit(f"{dict(body)} is no chat completion") from error
+    if not isinstance(content, str | None):
+        raise Unfit(f"the content of its message is no text, but {content}")
+    return (content or "").encode(errors="replace").decode(), reason != "length"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for one that gives two values for one name."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it says {next(name for name in names if names.count(name) > 1)!r} twice")
+    return values
 
 
 def retry_after(header: str | None) -> float | None:
@@ -248,10 +269,19 @@ def _checked(url: str) -> str:
         raise InputError(
             "the server's address holds a user or a key; put the key into PREFOPT_API_KEY instead"
         )
+    if len(url) > LONGEST_ADDRESS:
+        raise InputError(
+            f"{url[:60]!r}... is no address of a server: it has {len(url)} characters, and {LONGEST_ADDRESS} "
+            "are the most"
+        )
     try:
         parts = httpx2.URL(url)
     except httpx2.InvalidURL as error:
         raise InputError(f"{url!r} is no address of a server: {error}") from error
-    if parts.scheme not in ("http", "https") or not parts.host or parts.query or parts.fragment:
+    labels = parts.raw_host.removesuffix(b".").split(b".")
+    is_host = all(0 < len(label) < 64 for label in labels) and len(parts.raw_host) < 255
+    is_port = parts.port is None or 0 < parts.port < 2**16
+    is_plain = not parts.query and not parts.fragment
+    if parts.scheme not in ("http", "https") or not (is_host and is_port and is_plain):
         raise InputError(f"{url!r} is no address of a server; name one such as http://localhost:8000")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")

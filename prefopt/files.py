@@ -1,5 +1,6 @@
 """Files that are whole or absent, content hashes, and locks: what every room that writes to disk shares."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,15 +11,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from prefopt.errors import InputError
 
-TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # what its errors name
+# What the errors of torch's writer name.
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error", "Parent directory")
+# What to do about a failure to write, by its number; torch gives none.
+ADVICE = {
+    None: "Free some space if the disk is full",
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some space",
+    errno.EROFS: "This disk is read-only: make it writable",
+    errno.EACCES: "Change its permissions",
+    errno.EPERM: "Change its permissions",
+    errno.EEXIST: "There is a file where a folder is needed: move it away",
+    errno.ENOTDIR: "There is a file where a folder is needed: move it away",
+}
 os.umask(_mask := os.umask(0))
 _NEW_FILE = 0o666 & ~_mask  # permissions
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}")  # what `replacing` writes to
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _locked: dict[Path, IO[str]] = {}  # the folders that this process has locked, with their lock files
 
@@ -40,6 +54,8 @@ def text_lines(file: Path) -> Iterator[str]:
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         if not line.strip():
             raise InputError(f"{file}: line {number} is empty; each line is a prompt, so delete it")
+        if "\0" in line:
+            raise InputError(f"{file}: line {number} holds a NUL character, which no text has; delete it")
         yield line.strip()
 
 
@@ -93,6 +109,37 @@ def used_variant(part: Path, variant: str | None) -> str | None:
     return variant if variant in map(variant_of, part.glob("*.safetensors")) else None
 
 
+# Reading what others may have damaged
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file; anything else there is an InputError that ends with `remedy`."""
+    _check_is_file(path, remedy)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON: {error}. {remedy}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object but a {type(content).__name__}. {remedy}")
+    return content
+
+
+def open_tensors(path: Path, remedy: str) -> Any:
+    """`safe_open` of a file of safetensors; a damaged one is an InputError that ends with `remedy`."""
+    _check_is_file(path, remedy)
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path} is no whole file of safetensors: {error}. {remedy}") from error
+
+
+def _check_is_file(path: Path, remedy: str) -> None:
+    # Also not a pipe, which would never end.
+    if not path.is_file():
+        what = "is no file" if path.exists() or path.is_symlink() else "is not there"
+        raise InputError(f"{path} {what}. {remedy}")
+
+
 # Writing
 
 
@@ -105,9 +152,16 @@ def reporting_write_errors(what: object) -> Iterator[None]:
         # torch reports a full disk as a RuntimeError of its writer; others are not about the disk.
         if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_WRITER):
             raise
-        raise InputError(
-            f"could not write {what}: {error}. Free some space, or name another folder"
-        ) from error
+        raise InputError(f"could not write {what}: {error}. {_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a failure to write; libraries that are not Python's name its number in their text."""
+    named = re.search(r"\berr(?:or|no) (\d+)", str(error), re.IGNORECASE)
+    number = getattr(error, "errno", None) or (int(named[1]) if named else None)
+    if number == errno.ENOENT or "Parent directory" in str(error):
+        return "The folder was removed meanwhile: run the same command again"
+    return ADVICE.get(number, "Check the disk") + ", or name another folder"
 
 
 def make_readable(*paths: Path) -> None:
@@ -131,6 +185,13 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what killed runs left half written in a folder; only while nothing writes there."""
+    for path in folder.glob(".*"):
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a crash, sees the old content or the new, nothing between."""
     with replacing(path) as partial:
@@ -146,10 +207,10 @@ def check_identity(folder: Path, identity: Mapping[str, object], *, what: str, o
     `what` the folder is called in the message, `option` names the flag that chooses another one.
     """
     path = folder / "identity.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         write_atomically(path, json.dumps(identity, indent=2, sort_keys=True))
         return
-    found = json.loads(path.read_text())
+    found = read_object(path, f"Delete the folder {folder}, or name another {option}")
     for name in sorted(found.keys() | identity.keys()):
         if found.get(name) != identity.get(name):
             raise InputError(
@@ -160,10 +221,10 @@ def check_identity(folder: Path, identity: Mapping[str, object], *, what: str, o
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes; InputError if one holds it.
+    """Lock a folder against other processes, and remove what killed ones left half written in it.
 
-    A process that is killed holds nothing, whatever workers it leaves behind. Inside of a lock of the same
-    process it does nothing.
+    InputError if another process holds it. A process that is killed holds nothing, whatever workers it leaves
+    behind. Inside of a lock of the same process it does nothing.
     """
     place = folder.resolve()
     if place in _locked:
@@ -181,6 +242,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
             ) from error
         _locked[place] = file
         try:
+            remove_partials(folder)
             yield
         finally:
             del _locked[place]

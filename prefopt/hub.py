@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from prefopt.errors import InputError
-from prefopt.options import is_local_path
+from prefopt.options import check_name, is_local_path
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # of a diffusion model, as diffusers calls it
 
@@ -23,6 +23,7 @@ def adapter_place(adapter: str | Path, *files: str) -> Path:
     `org/name/file.safetensors` names one file of a hub id. What is found neither here nor on the hub is an
     InputError.
     """
+    check_name(adapter, "the adapter's name")
     if Path(adapter).exists():
         return Path(adapter)
     if is_local_path(str(adapter)):

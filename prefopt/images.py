@@ -1,6 +1,7 @@
 """Pictures from encoded files, and back: nothing that one holds is lost, or shown, in silence."""
 
 import io
+import struct
 from base64 import b64encode
 from pathlib import Path
 
@@ -10,11 +11,37 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from prefopt.errors import InputError
 from prefopt.files import replacing, reporting_write_errors
 
+# Of the kinds that PIL knows, those that hold photos and drawings: some others start programs.
+KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+PICTURES = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in KINDS)
+ORDINARY = 25_000_000  # pixels that any file may have; with more it needs a byte for every DENSEST of them
+DENSEST = 200
+SLIMMEST = 100  # the longer side by the shorter one
+# What PIL raises where a file is damaged.
+DAMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write lossless WebP whole or not at all; method 0 is several times faster than PNG."""
     with reporting_write_errors(path), replacing(path) as partial:
         image.save(partial, format="WEBP", lossless=True, method=0)
+
+
+def read_saved(path: Path) -> Image.Image:
+    """A picture that `save_image` wrote, in RGB; one that is damaged since is an InputError."""
+    try:
+        return open_image(path.read_bytes(), str(path))
+    except (OSError, InputError) as error:
+        raise InputError(f"{error}. Delete this file, and run the same command again") from error
 
 
 def png_base64(image: Image.Image) -> str:
@@ -25,18 +52,42 @@ def png_base64(image: Image.Image) -> str:
 
 
 def open_image(content: bytes, where: str) -> Image.Image:
-    """The picture of an encoded file, turned upright, in RGB.
+    """The picture of an encoded file of one of KINDS, turned upright, in RGB; of an animation the first one.
 
-    Transparent parts become white, 16-bit grey is scaled to 8 bits. A file that cannot be decoded, and pixels
-    of unknown range (floating-point numbers, 32-bit integers), are an InputError that says `where`.
+    Transparent parts become white, 16-bit grey is scaled to 8 bits. A file that cannot be decoded, pixels of
+    unknown range (floating-point numbers, 32-bit integers), and a size that no photo has, are an InputError
+    that says `where`.
     """
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with Image.open(io.BytesIO(content), formats=KINDS) as opened:
+            _check_size(opened, len(content), where)
             kind, image = opened.format, ImageOps.exif_transpose(opened)
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = "cannot be decoded" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{where}: {len(content)} bytes that are no readable image: {why}") from error
+            return _in_rgb(image, kind, where)
+    except InputError:
+        raise
+    except DAMAGE as error:
+        why = "cannot be decoded" if isinstance(error, UnidentifiedImageError) else str(error)[:200]
+        raise InputError(
+            f"{where}: {len(content)} bytes that are no readable image of {', '.join(KINDS)}: {why}"
+        ) from error
+
+
+def _check_size(opened: Image.Image, length: int, where: str) -> None:
+    """Refuse, by the header alone, what would fill the memory when it is decoded or resized."""
+    width, height = opened.size
+    pixels = width * height
+    if pixels > ORDINARY and pixels > DENSEST * length:
+        raise InputError(
+            f"{where}: an image of {width} x {height} pixels in {length} bytes, as no photo has; drop the row"
+        )
+    if max(width, height) > SLIMMEST * min(width, height):
+        raise InputError(
+            f"{where}: an image of {width} x {height} pixels, its longer side more than {SLIMMEST} times the "
+            "shorter one; drop the row"
+        )
+
+
+def _in_rgb(image: Image.Image, kind: str | None, where: str) -> Image.Image:
     if image.mode == "F" or (image.mode == "I" and kind != "PPM"):
         what = "floating-point numbers" if image.mode == "F" else "32-bit integers"
         raise InputError(f"{where}: an image of {what}, whose range is unknown; save it with 8 or 16 bits")

@@ -15,15 +15,17 @@ from huggingface_hub import metadata_load
 
 from prefopt.errors import InputError
 from prefopt.files import content_key, file_state
-from prefopt.record_files import SUFFIXES, read_records
+from prefopt.images import PICTURES
+from prefopt.record_files import SUFFIXES, read_metadata, read_records
+from prefopt.table_files import TABLES, read_saved, read_tables, saved_splits
 
-TABLES = (".parquet", ".arrow")
 # A file that bears one of these in its path is not read as training data.
 HELD_OUT = ("validation", "valid", "val", "dev", "test", "eval")
 # JSON files of a dataset's folder that hold no rows of it.
 NO_ROWS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json", "BUILD.json")
 # Files that show a folder of images, which is no folder of JSON files.
 IMAGEFOLDER = ("metadata.csv", "metadata.jsonl")
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _ONE_SPLIT = (
     "the split 'train', not {!r}; name a folder that has both, or slices of this one, as train[:90%] and "
     "train[90%:]"
@@ -36,6 +38,8 @@ def table_folder(source: str, config: str | None) -> Path:
     Without `config` it is the default of the card, the README.md that the hub reads, too.
     """
     place = Path(source)
+    if place.resolve() in (Path(place.resolve().anchor), Path.home()):
+        raise InputError(f"{source} is a whole disk or home folder; name the folder of one dataset")
     if place.name in IMAGEFOLDER and place.is_file():
         place = place.parent
     if not place.is_dir():
@@ -45,7 +49,7 @@ def table_folder(source: str, config: str | None) -> Path:
     tables = ", ".join(table_names(place)) or "none"
     named, default = _configurations(place)
     name = config or default
-    if name and _is_folder_name(name) and (place / name).is_dir():
+    if name and _is_folder_name(name) and os.path.isdir(place / name):
         return place / name
     if name and named != [name]:
         more = (
@@ -54,7 +58,7 @@ def table_folder(source: str, config: str | None) -> Path:
             else ""
         )
         raise InputError(
-            f"--dataset_config {name}: {source} has no such sub-folder; its tables are {tables}{more}"
+            f"--dataset_config {name:.100}: {source} has no such sub-folder; its tables are {tables}{more}"
         )
     if not name and (len(named) > 1 or (place / "BUILD.json").is_file()):
         raise InputError(f"{source} holds several tables; name one with --dataset_config: {tables}")
@@ -89,31 +93,26 @@ def _is_folder_name(name: Any) -> bool:
 def read_folder(folder: Path, split: str) -> tuple[Dataset, Path]:
     """The rows of a split of a folder, and the folder or the file that holds them."""
     if (folder / "state.json").exists():
-        saved: Any = datasets.load_from_disk(str(folder))
-        if split not in ("train", str(saved.split)):
+        saved, name = read_saved(folder)
+        if split not in ("train", name):
             raise InputError(f"{folder} is one saved table, whose rows are {_ONE_SPLIT.format(split)}")
         return saved, folder
     if (folder / "dataset_dict.json").exists():
-        return _named_split(datasets.load_from_disk(str(folder)), folder, split), folder
+        if split not in (found := saved_splits(folder)):
+            raise InputError(f"{folder} has no split {split!r:.100}; it has {sorted(found)}")
+        return read_saved(folder / split)[0], folder
+    paths = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path.relative_to(folder))]
     for suffix in TABLES:
-        if files := sorted(folder.rglob(f"*{suffix}")):
-            of_split = [path for path in files if _names(path.relative_to(folder), split)]
-            if not of_split and split == "train":  # a folder need not say that its files are for training
-                of_split = [
-                    path for path in files if not any(_names(path.relative_to(folder), s) for s in HELD_OUT)
-                ]
-            if not of_split:
-                raise InputError(
-                    f"{folder}: no {suffix[1:]} file of a split {split!r}; there are "
-                    f"{[path.name for path in files]}"
-                )
-            return _load_tables(of_split, folder_state(folder)), folder
-    if file := _record_file(folder, split):
+        if files := [path for path in paths if path.suffix == suffix and not path.is_dir()]:
+            return read_tables(_of_split(files, folder, split), folder_state(folder)), folder
+    if metadata := [path for path in paths if path.name in IMAGEFOLDER]:
+        files = _of_split(metadata, folder, split)
+        tables = [read_metadata(file, folder) for file in files]
+        return datasets.concatenate_datasets(tables), files[0] if len(files) == 1 else folder
+    if files := [path for path in paths if path.parent == folder and _holds_records(path)]:
+        file = _record_file(files, folder, split)
         return read_records(file), file
-    if any(path.is_file() for path in folder.rglob("*")):
-        found = datasets.load_dataset("imagefolder", folder_state(folder)[:16], data_dir=str(folder))
-        return _named_split(found, folder, split), folder
-    raise InputError(f"{folder} is empty: no Parquet, Arrow, JSON, CSV or image files in it")
+    return _pictures_alone(folder, paths, split), folder
 
 
 def read_file(file: Path, split: str) -> Dataset:
@@ -126,31 +125,58 @@ def read_file(file: Path, split: str) -> Dataset:
         raise InputError(
             f"{file} is no table; those that can be read end with {', '.join((*TABLES, *SUFFIXES))}"
         )
-    return _load_tables([file], content_key(json.dumps(file_state(file))))
+    return read_tables([file], content_key(json.dumps(file_state(file))))
 
 
-def _load_tables(files: list[Path], state: str) -> Dataset:
-    # The name is part of datasets' cache key, whose own clock is too coarse for a file's replacement.
-    kind, paths = files[0].suffix[1:], list(map(str, files))
-    rows: Any = datasets.load_dataset(kind, state[:16], data_files=paths, split="train")
-    return rows
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """The files whose paths in the folder bear the split's name."""
+    found = [path for path in files if _names(path.relative_to(folder), split)]
+    if not found and split == "train":  # a folder need not say that its files are for training
+        found = [path for path in files if not any(_names(path.relative_to(folder), s) for s in HELD_OUT)]
+    if not found:
+        there = f"no {files[0].suffix[1:]} file of a split {split!r:.100}; there are {_first_names(files)}"
+        raise InputError(f"{folder}: {there}")
+    return found
 
 
-def _record_file(folder: Path, split: str) -> Path | None:
-    """The JSON or CSV file of a split in a folder that has no other tables; None without such files.
+def _pictures_alone(folder: Path, paths: list[Path], split: str) -> Dataset:
+    """A row for each picture of a split."""
+    files = [path for path in paths if path.is_file()]
+    if not files:
+        raise InputError(f"{folder} is empty: no Parquet, Arrow, JSON, CSV or image files in it")
+    if archive := next((path for path in files if path.suffix in ARCHIVES), None):
+        raise InputError(f"{folder}: archives are not read; unpack {archive.name}, and delete it")
+    pictures = [path for path in files if path.suffix.lower() in PICTURES]
+    if not pictures:
+        raise InputError(
+            f"{folder} holds no table and no pictures, but {_first_names(files)}; name a folder of Parquet, "
+            "Arrow, JSON, CSV or image files"
+        )
+    names = [str(path.relative_to(folder)) for path in _of_split(pictures, folder, split)]
+    return Dataset.from_dict({"image": names})
 
-    A file that bears no split's name is taken for training.
-    """
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name not in NO_ROWS)
-    if not files or any(path.name in IMAGEFOLDER for path in folder.rglob("*")):
-        return None
-    named = [path for path in files if _names(Path(path.name), split)]
-    if not named and split == "train":
-        named = [path for path in files if not any(_names(Path(path.name), s) for s in HELD_OUT)]
-    if len(named) != 1:
-        names = [path.name for path in named or files]
-        raise InputError(f"{folder}: one file is to bear the split's name {split!r}; there are {names}")
-    return named[0]
+
+def _record_file(files: list[Path], folder: Path, split: str) -> Path:
+    """The JSON or CSV file of a split; one that bears no split's name is for training."""
+    found = _of_split(files, folder, split)
+    if len(found) > 1:
+        raise InputError(
+            f"{folder}: one file is to bear the split's name {split!r}; there are {_first_names(found)}"
+        )
+    return found[0]
+
+
+def _holds_records(path: Path) -> bool:
+    return path.suffix in SUFFIXES and path.name not in NO_ROWS and not path.is_dir()
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a part of the path begins with a dot, as what a builder has not finished."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _first_names(paths: list[Path]) -> str:
+    return str([path.name for path in paths[:10]]) + " and more" * (len(paths) > 10)
 
 
 def folder_state(folder: Path) -> str:
@@ -179,9 +205,3 @@ def _names(path: Path, split: str) -> bool:
     """Whether a path bears a split's name, in upper or lower case, and not inside of a longer word."""
     name = rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])"
     return bool(re.search(name, path.as_posix(), re.IGNORECASE))
-
-
-def _named_split(found: Any, folder: Path, split: str) -> Dataset:
-    if split not in found:
-        raise InputError(f"{folder} has no split {split!r}; it has {sorted(found)}")
-    return found[split]

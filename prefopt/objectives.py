@@ -38,7 +38,7 @@ from prefopt.losses import (
     sft_loss,
     simpo_loss,
 )
-from prefopt.options import check_interval, option
+from prefopt.options import check_options, option
 
 Batch = Mapping[str, Any]
 PLACKETT_LUCE = "plackett_luce"
@@ -239,10 +239,12 @@ class ObjectiveOptions:
 
     loss_type: str = option("dpo", "The objective on pairs of candidates.", choices=OBJECTIVES)
     label_smoothing: float = option(
-        0.0, f"Share of labels taken to be wrong, in [0, 0.5); for {', '.join(SMOOTHED)}."
+        0.0, f"Share of labels taken to be wrong, in [0, 0.5); for {', '.join(SMOOTHED)}.", within="[0, 0.5)"
     )
-    likelihood_weight: float = option(1.0, "For cpo: weight of the chosen side's negative log-likelihood.")
-    simpo_gamma: float = option(0.5, "For simpo: the reward margin that is aimed at.")
+    likelihood_weight: float = option(
+        1.0, "For cpo: weight of the chosen side's negative log-likelihood.", within="[0, 1e9]"
+    )
+    simpo_gamma: float = option(0.5, "For simpo: the reward margin that is aimed at.", within="[0, 1e6]")
     list_loss: Literal["pairs", "plackett_luce"] = option(
         "pairs",
         "On ranked lists: the loss on every two candidates (pairs), or for dpo and cpo the likelihood of the "
@@ -257,13 +259,11 @@ class ObjectiveOptions:
         None,
         "Limit each rejected candidate's gradient so that the chosen's error does not rise (Diffusion-SDPO, "
         "arXiv 2511.03317): the share kept in reserve, in [0, 1), e.g. 0; off by default; for diffusion.",
+        within="[0, 1)",
     )
 
     def __post_init__(self) -> None:
-        check_interval(self, "(0, inf)", self.BETA)
-        check_interval(self, "[0, 0.5)", "label_smoothing")
-        check_interval(self, "[0, inf)", "likelihood_weight")
-        check_interval(self, "[0, 1)", "winner_guard")
+        check_options(self)
         if self.loss_type not in OBJECTIVES:
             raise InputError(f"--loss_type is {self.loss_type!r}; choose from {', '.join(OBJECTIVES)}")
         for name, losses in _OPTIONS_OF.items():

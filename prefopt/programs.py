@@ -5,6 +5,7 @@ the builders lie in data_builders/ in both.
 """
 
 import ast
+import os
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -47,18 +48,18 @@ def find_config(option: str, name_or_path: str, beginning: str = "") -> Path:
     those whose names have this `beginning`.
     """
     path = Path(name_or_path)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not path.is_dir():
         return path
     presets = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
-    name = name_or_path.removesuffix(".yaml")
+    name, shown = name_or_path.removesuffix(".yaml"), name_or_path[:200]
     if name in presets:
         return presets[name]
     if path.name != name_or_path:
-        raise InputError(f"--{option}: no file {name_or_path}; name a YAML file of options")
+        raise InputError(f"--{option}: no file {shown}; name a YAML file of options")
     own = [preset for preset in presets if beginning and preset.startswith(beginning)]
     raise InputError(
-        f"--{option}: no file {name_or_path}, and no preset of this name; {_nearest(name, list(presets))}"
-        f"presets: {', '.join(own or presets)}"
+        f"--{option}: no file {shown}, and no preset of this name; "
+        f"{_nearest(name, list(presets))}presets: {', '.join(own or presets)}"
     )
 
 

@@ -3,22 +3,31 @@
 What the rows of a table of images mean is told in diffusion/formats.py, of conversations in vlm/formats.py.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, NamedTuple
 
 import datasets
 from datasets import Dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub.constants import HF_HUB_CACHE
 from pyarrow import ArrowException, LargeListType, ListType, StructType, compute
 
 from prefopt.errors import InputError
 from prefopt.local_tables import files_state, folder_state, read_file, read_folder, table_folder
+from prefopt.options import check_name
+from prefopt.paths import file_inside
+from prefopt.table_files import cause, check_values
+
+# Kinds of columns that hold files; they stay encoded, and only images are read.
+MEDIA = (datasets.Image, datasets.Audio, datasets.Video, datasets.Pdf, datasets.Nifti, datasets.Mesh)
 
 
 class Source(NamedTuple):
@@ -45,21 +54,21 @@ def load(source: str, *, split: str, config: str | None, revision: str | None) -
     A folder holds Parquet, Arrow or images, one JSON, JSON Lines or CSV file for each split, a dataset that
     was saved, or the tables of a builder, of which `config` names one.
     """
-    if not Path(source).exists():
-        found = Source(_load_hub(source, split, config, revision), source, ())
-    else:
+    check_name(source, "--dataset_name")
+    if os.path.exists(source):
         found = _load_local(source, split, config, revision)
+    else:
+        found = Source(_load_hub(source, split, config, revision), source, ())
     rows = found.rows
     if len(rows) == 0:
-        raise InputError(f"{source}: the split {split!r} has no rows")
-    encoded: Any = datasets.Image(decode=False)
+        raise InputError(f"{source}: the split {split!r:.100} has no rows")
+    check_values(rows.data, found.name)
     for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, encoded)
-        elif isinstance(feature, datasets.List | datasets.LargeList) and isinstance(
-            feature.feature, datasets.Image
-        ):
-            rows = rows.cast_column(name, datasets.List(encoded))
+        listed = isinstance(feature, datasets.List | datasets.LargeList)
+        kind: Any = feature.feature if listed else feature
+        if isinstance(kind, MEDIA):
+            encoded: Any = replace(kind, decode=False)
+            rows = rows.cast_column(name, datasets.List(encoded) if listed else encoded)
     return found._replace(rows=rows)
 
 
@@ -88,7 +97,7 @@ def _load_local(source: str, split: str, config: str | None, revision: str | Non
     except InputError:
         raise
     except (DatasetsError, OSError, ValueError, ArrowException) as error:
-        raise InputError(f"{place} cannot be read as a dataset: {error.__cause__ or error}") from error
+        raise InputError(f"{place} cannot be read as a dataset: {cause(error)}") from error
     name = str(places[0] if len(places) == 1 else place) + (f", {split}" if is_sliced(split) else "")
     folder = (place if place.is_dir() else place.parent).resolve()
     # Where HPDv2 has the pictures of test.json: in test/. Of two splits they would bear the same names.
@@ -159,19 +168,35 @@ def _reporting_wrong_slices(split: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise InputError(
-            f"the split {split!r} cannot be read: {error}. Write for example train[:500], train[500:] or "
-            "train[10%:20%]"
+            f"the split {split!r:.100} cannot be read: {cause(error)}. Write for example train[:500], "
+            "train[500:] or train[10%:20%]"
         ) from error
 
 
 def _load_hub(source: str, split: str, config: str | None, revision: str | None) -> Dataset:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(
+            f"no dataset {source!r:.300}: no such folder or file is here, and a hub id has the form org/name"
+        )
     try:
-        return datasets.load_dataset(source, config, split=split, revision=revision)
+        with no_tensors_decoded():
+            return datasets.load_dataset(source, config, split=split, revision=revision)
     except Exception as error:  # the hub's client raises dozens of types for 'not there'
         raise InputError(
-            f"no dataset {source!r}: no such folder or file here, and as a hub id it could not be loaded "
-            f"({error})"
+            f"no dataset {source!r:.300}: no such folder or file is here, and as a hub id it could not be "
+            f"loaded ({cause(error)})"
         ) from error
+
+
+@contextmanager
+def no_tensors_decoded() -> Iterator[None]:
+    """datasets decodes every file of a tar shard by its ending; here texts alone, and no torch.load."""
+    decoders = WebDataset.DECODERS
+    WebDataset.DECODERS = {ending: decoders[ending] for ending in ("txt", "json")}
+    try:
+        yield
+    finally:
+        WebDataset.DECODERS = decoders
 
 
 def in_test(text_hash: str, fraction: float) -> bool:
@@ -181,43 +206,28 @@ def in_test(text_hash: str, fraction: float) -> bool:
 
 def check_p_chosen(value: Any, where: str) -> None:
     """InputError unless a soft label is a probability."""
-    if not (isinstance(value, float | int) and 0 <= value <= 1):
-        raise InputError(f"{where} has the p_chosen {value!r}; it is a probability between 0 and 1")
+    if isinstance(value, bool) or not (isinstance(value, float | int) and 0 <= value <= 1):
+        raise InputError(f"{where} has the p_chosen {shortened(value)}; it is a probability between 0 and 1")
 
 
 def image_bytes(image: dict | None, where: str, *folders: Path) -> bytes:
     """The encoded bytes of an image cell.
 
     A path in a cell is looked for in the first of `folders`, then in those below it that follow, and may not
-    leave the first, but for the links of a snapshot in the hub's cache. None, of a dataset from the hub,
-    stands for the folders that downloads go to.
+    leave the first, see `file_inside`. None, of a dataset from the hub, stands for the folders that downloads
+    go to.
     """
     if image is None:
-        raise InputError(f"{where} has no image; a pair has two")
+        raise InputError(f"{where} has no image; fill it, or drop the row")
     content, path = image.get("bytes"), image.get("path")
     if content is None and path:
-        homes = folders[:1] or (Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
-        files = [Path(folder, path) for folder in folders or homes[:1]]
-        file = next((file for file in files if file.is_file()), files[0])
-        if file.is_symlink() and ".." not in file.parts:
-            homes = (*homes, *_blobs(homes[0]))
-        if not any(file.resolve().is_relative_to(home.resolve()) for home in homes):
-            raise InputError(f"{where} points to {path}, outside of the dataset's folder {homes[0]}")
-        if not file.is_file():
-            raise InputError(f"{where} points to {path}, which is not there")
-        content = file.read_bytes()
+        content = image_file(path, where, *folders).read_bytes()
     if not content:
         raise InputError(f"{where} is an image of 0 bytes")
     return content
 
 
-def _blobs(folder: Path) -> list[Path]:
-    """Where the links of a snapshot in the hub's cache lead to; none for another folder.
-
-    A snapshot is (datasets|models)--NAME/snapshots/REVISION, and its files are in the first folder's blobs.
-    """
-    return [
-        cached / "blobs"
-        for snapshots, cached in pairwise(folder.parents)
-        if snapshots.name == "snapshots" and re.match("(datasets|models)--", cached.name)
-    ]
+def image_file(path: str, where: str, *folders: Path) -> Path:
+    """The file that the path in an image cell names, see `image_bytes`."""
+    homes = folders[:1] or (Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
+    return Path(file_inside(path, where, homes, folders or homes[:1]))

@@ -76,9 +76,20 @@ VALIDATION_STRIPS = Path("validation", "strips.png")  # the same, if it generate
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The objects of a run's metrics.jsonl, one for each log; none if there is no such file."""
     path = run / METRICS_FILE
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return _metrics(path) if path.is_file() else []
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    *lines, _ = path.read_bytes().split(b"\n")  # a killed run, or a full disk, tears the last
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: line {number} is no JSON: {error}; delete that line") from error
+        if not isinstance(found[-1], dict):
+            raise InputError(f"{path}: line {number} holds no metrics by their names; delete that line")
+    return found
 
 
 class MetricsFile:
@@ -86,9 +97,8 @@ class MetricsFile:
 
     def __init__(self, folder: Path, *, after: int):
         self.path = folder / METRICS_FILE
-        kept = self.path.read_text().splitlines() if after and self.path.exists() else []
-        whole = [line for line in kept if line.endswith("}")]  # a killed run, or a full disk, tears the last
-        lines = [line for line in whole if json.loads(line)["step"] <= after]
+        earlier = read_metrics(folder) if after else []
+        lines = [json.dumps(line) for line in earlier if line.get("step", 0) <= after]
         write_atomically(self.path, "".join(line + "\n" for line in lines))
 
     def write(self, metrics: Mapping[str, float]) -> None:
@@ -158,7 +168,14 @@ class Ema(TrainerCallback):
             file = Path(self.resume_from, self.FILE)
             if not file.is_file():
                 raise InputError(f"{self.resume_from} has no {self.FILE}: continue without --ema_decay")
-            for name, value in load_file(file).items():
+            kept = load_file(file)
+            shapes = [{name: one.shape for name, one in values.items()} for values in (kept, self.average)]
+            if shapes[0] != shapes[1]:
+                raise InputError(
+                    f"{file} holds no average of this model: its {len(kept)} tensors are not the "
+                    f"{len(self.average)} that are trained. Continue with the options of that run"
+                )
+            for name, value in kept.items():
                 self.average[name].copy_(value)
 
     def on_step_end(self, args, state, control, *, model, **kwargs) -> None:

@@ -9,16 +9,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
-import yaml
 
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import write_atomically
 from prefopt.interrupts import Interrupted
 from prefopt.programs import find_config
+from prefopt.yaml_files import read_yaml
 
 NONE = "none"
 
@@ -39,16 +38,8 @@ def fill_presets(
         beginning = preset.stem.removesuffix(f"_{pocket.NAME}")
         file = str(preset if file == pocket.NAME else find_config(name, file, beginning))
         setattr(config, name, file)
-        if not isinstance(options_of(file), dict):
+        if not isinstance(read_yaml(file), dict):
             raise InputError(f"--{name}: {file} is no YAML file of options, each a name with a value")
-
-
-def options_of(file: str) -> Any:
-    """What a YAML file says; None if it is none."""
-    try:
-        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
 
 
 def run_steps(steps: Mapping[str, Sequence[str]], folder: Path, processes: int) -> None:

@@ -1,4 +1,4 @@
-"""Results that frozen models computed once, kept on disk by content key: tensors, and JSON.
+"""Tensors that frozen models computed once, kept on disk by content key.
 
 A store is a folder of safetensors shards and one `identity.json`, which says what the values depend on
 (weights, resolution, dtype). Shards are written whole and renamed into place, so a killed run leaves only
@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefopt.errors import InputError
-from prefopt.files import check_identity, content_key, replacing, reporting_write_errors
+from prefopt.files import check_identity, content_key, open_tensors, replacing, reporting_write_errors
 
+ABOUT = "about"  # the entry in a shard's header
+AGAIN = "Delete this file, and run the same command again"
 OPEN_SHARDS = 256  # of one process: each is a memory map, and a process may have 65,530 on Linux
 
 
@@ -59,7 +60,10 @@ class TensorStore:
                 del self._open[next(iter(self._open))]
             self._open[shard] = self._opened(shard)
         handle = self._open[shard]
-        return {name: handle.get_tensor(f"{key}/{name}") for name in self._names(handle)}
+        try:
+            return {name: handle.get_tensor(f"{key}/{name}") for name in self._names(handle)}
+        except SafetensorError as error:
+            raise InputError(f"{shard} does not hold the whole entry {key}: {error}. {AGAIN}") from error
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}  # an open file does not travel to a spawned worker
@@ -78,7 +82,8 @@ class TensorStore:
         }
         shard = self.folder / f"{content_key(' '.join(sorted(entries)))[:32]}.safetensors"
         with reporting_write_errors(self.folder), replacing(shard) as partial:
-            save_file(tensors, partial, metadata={"names": " ".join(names)})
+            about = json.dumps({"identity": self.identity, "names": names}, sort_keys=True)
+            save_file(tensors, partial, metadata={ABOUT: about})  # several come in an order of chance
         self._shard_of.update(dict.fromkeys(entries, shard))
 
     def refresh(self) -> None:
@@ -89,56 +94,14 @@ class TensorStore:
                 keys = {name.split("/", 1)[0] for name in handle.keys()}  # noqa: SIM118 (not a dict)
             self._shard_of.update(dict.fromkeys(keys, shard))
 
-    @staticmethod
-    def _opened(shard: Path) -> safe_open:
-        try:
-            return safe_open(shard, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{shard} cannot be read: {error}. Delete it, and run the same command again"
-            ) from error
+    def _opened(self, shard: Path) -> safe_open:
+        """A shard of this store; a damaged one, or one of another store, is an InputError."""
+        handle = open_tensors(shard, AGAIN)
+        about = (handle.metadata() or {}).get(ABOUT, "")
+        if about[:1] != "{" or json.loads(about)["identity"] != self.identity:
+            raise InputError(f"{shard} was written for another cache than {self.folder}. {AGAIN}")
+        return handle
 
     @staticmethod
     def _names(handle: safe_open) -> list[str]:
-        return handle.metadata()["names"].split()
-
-
-class Ledger:
-    """Results of model calls by content key, as JSON lines: what is here need not be computed again.
-
-    Each process appends to a file of its own, `name-00000.jsonl` and so on, and reads all of them. What one
-    call of `add` takes is one line, so after a crash it is there whole or not at all.
-    """
-
-    def __init__(self, folder: Path, name: str, process: int = 0):
-        self.folder, self.name = folder, name
-        self._file = folder / f"{name}-{process:05d}.jsonl"
-        self._known: dict[str, Any] = {}
-        with reporting_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.refresh()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._known
-
-    def __getitem__(self, key: str) -> Any:
-        return self._known[key]
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def add(self, results: Mapping[str, Any]) -> None:
-        """Keep some results, which JSON can hold."""
-        # The newline goes first: a line that a killed run left half written stays alone.
-        with reporting_write_errors(self._file), self._file.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(results, allow_nan=False))
-        self._known |= results
-
-    def refresh(self) -> None:
-        """Read the files of all processes again; a line that a killed run left half written is no result."""
-        for path in sorted(self.folder.glob(f"{self.name}-*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    self._known |= json.loads(line)
-                except json.JSONDecodeError:
-                    continue
+        return json.loads(handle.metadata()[ABOUT])["names"]

@@ -6,7 +6,6 @@ averaged over processes and accumulation; beside it, checkpoints that are whole 
 what surrounds a run (runs.py).
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,20 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback
-from transformers.trainer_callback import ProgressCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import set_seed
 
 from prefopt.adapters import adapter_layers
 from prefopt.checkpoints import STAGING, CheckpointingTrainer, check_saves
-from prefopt.config import LATEST, PreferenceConfig
+from prefopt.config import PreferenceConfig
 from prefopt.draws import VisitSampler
-from prefopt.errors import InputError
 from prefopt.files import exclusive_lock, reporting_write_errors
 from prefopt.interrupts import Interrupted, begin_worker
 from prefopt.losses import reward_metrics
 from prefopt.model_card import write_card
 from prefopt.objectives import Batch, Loss, Objective, Scored
 from prefopt.reference import cache_reference, reference_model
+from prefopt.resuming import find_checkpoint, read_state
 from prefopt.runs import Ema, Interrupt, MetricsFile, Progress, refuse_earlier_run, write_config
 from prefopt.scores import AnyScore, check_extras, check_scored, not_finite
 from prefopt.sharding import check_sharding, load_whole_models, prepare_fsdp
@@ -132,20 +131,21 @@ class PreferenceTrainer(CheckpointingTrainer):
         """
         output_dir = Path(str(self.args.output_dir))
         with exclusive_lock(output_dir) if self.is_world_process_zero() else nullcontext():
-            checkpoint = self._checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
-            if checkpoint:
+            wanted = resume_from_checkpoint or self.args.resume_from_checkpoint
+            if checkpoint := self._checkpoint(output_dir, wanted):
                 check_sharding(checkpoint, self.args.sharding)
             if self.is_world_process_zero():
                 self._open_run(output_dir, checkpoint)
             return self._train(output_dir, checkpoint, **kwargs)
 
     def _train(self, output_dir: Path, checkpoint: str | None, **kwargs: Any):
-        if checkpoint and _step(checkpoint) >= self.total_steps:
+        if checkpoint and read_state(checkpoint).global_step >= self.total_steps:
             return self._load_finished(checkpoint)
         if self.objective.needs_reference and self.args.reference == "cache":
             self.train_dataset = self._with_cached_reference()
         if self.ema:
             self.ema.resume_from = checkpoint
+        set_seed(self.args.seed)  # what was computed before, or found in a cache, leaves dropout alone
         with self.interrupt.listening():
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         if self.interrupt.agreed:
@@ -187,30 +187,28 @@ class PreferenceTrainer(CheckpointingTrainer):
             if not checkpoint:
                 refuse_earlier_run(output_dir)
             write_config(output_dir, self.args, arithmetic=self.arithmetic(), about=self.about)
-            self.metrics_file = MetricsFile(output_dir, after=_step(checkpoint) if checkpoint else 0)
+            steps = read_state(checkpoint).global_step if checkpoint else 0
+            self.metrics_file = MetricsFile(output_dir, after=steps)
         print(self.arithmetic(), flush=True)
 
-    def _checkpoint(self, wanted: str | bool | None) -> str | None:
+    def _checkpoint(self, output_dir: Path, wanted: str | bool | None) -> str | None:
         if not wanted:
             return None
-        if wanted is not True and wanted != LATEST:
-            if not Path(str(wanted), "trainer_state.json").is_file():
-                raise InputError(f"{wanted} is no checkpoint: it has no trainer_state.json")
-            return str(wanted).rstrip("/")
-        found = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        found = find_checkpoint(output_dir, wanted)
         if self.is_world_process_zero():
-            beginning = f"no checkpoint in {self.args.output_dir}: from the beginning"
+            beginning = f"no checkpoint in {output_dir}: from the beginning"
             print(f"resuming from {found}" if found else beginning)
         return found
 
     def _load_finished(self, checkpoint: str) -> None:
-        self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        self.state = read_state(checkpoint)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best or checkpoint)
         if self.ema:
             self.ema.resume_from = checkpoint
             self.ema.start(self.model)
         if self.is_world_process_zero():
+            self._rotate(Path(checkpoint).parent)
             print(f"all {self.total_steps} steps are done: nothing is trained", flush=True)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> VisitSampler:
@@ -395,7 +393,3 @@ def _held_out(dataset: Any) -> Any:
     if isinstance(dataset, dict):
         return {name: by_visit(one, f"eval_dataset {name!r}") for name, one in dataset.items()}
     return None if dataset is None else by_visit(dataset, "eval_dataset")
-
-
-def _step(checkpoint: str) -> int:
-    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from prefopt import pocket
 from prefopt.cli import run
-from prefopt.diffusion.generator import GenerationOptions, Generator
+from prefopt.diffusion.generator import GUIDANCE, SCALE, GenerationOptions, Generator
 from prefopt.errors import InputError
 from prefopt.evaluation.options import ImageScorerOptions
 from prefopt.evaluation.systems import image_systems
@@ -46,9 +46,11 @@ class CompareConfig(ImageScorerOptions, GenerationOptions):
         "`dpo=folder guidance=3 steps=50`.",
     )
     guidance_scales: list[float] = option(
-        [], "Guidance scales at which each system is compared (default: --guidance_scale alone)."
+        [],
+        "Guidance scales at which each system is compared (default: --guidance_scale alone).",
+        within=GUIDANCE,
     )
-    lora_scales: list[float] = option([1.0], "Scales at which each LoRA is compared.")
+    lora_scales: list[float] = option([1.0], "Scales at which each LoRA is compared.", within=SCALE)
     prompts: str | None = option(
         None,
         "Text file, one prompt a line, or `pocket`: its world's held-out captions (the default "
@@ -57,17 +59,21 @@ class CompareConfig(ImageScorerOptions, GenerationOptions):
     classes: list[str] | None = option(
         None, "Use only the pocket's captions of these animals (default: all)."
     )
-    num_prompts: int | None = option(None, "Use the first N prompts (default: 100, or all if fewer).")
-    num_seeds: int = option(2, "Images per prompt and system; each prompt has seeds of its own.")
-    seed: int = option(0, "The first prompt's first seed; the others follow.")
-    tie: float = option(0.01, "Scores that differ by at most this are a tie.")
+    num_prompts: int | None = option(
+        None, "Use the first N prompts (default: 100, or all if fewer).", within="[1, inf)"
+    )
+    num_seeds: int = option(
+        2, "Images per prompt and system; each prompt has seeds of its own.", within="[1, 1e6]"
+    )
+    seed: int = option(0, "The first prompt's first seed; the others follow.", within="[0, 4294967295]")
+    tie: float = option(0.01, "Scores that differ by at most this are a tie.", within="[0, 1e9]")
     votes: list[str] = option(
         [], "Files of votes, one per person, downloaded from this comparison's blind.html."
     )
     runs: list[str] = option(
         [], "More training runs whose settings and curves the report shows, beside those of the systems."
     )
-    shown: int = option(24, "Most rows of images in the report.")
+    shown: int = option(24, "Most rows of images in the report.", within="[1, 1e6]")
     output_dir: str = option("runs/compare", "Folder for images, scores and report.")
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ from prefopt.errors import InputError
 from prefopt.evaluation.options import CriticOptions
 from prefopt.evaluation.systems import VlmSystem, vlm_systems
 from prefopt.judges.rubric import Rubric
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_paths_exist, option
 
 
 @dataclass
@@ -57,9 +57,11 @@ class CompareVlmConfig(CriticOptions):
     )
     dataset_revision: str | None = option(None, "Revision of the dataset on the hub.")
     dataset_test_split: str = option("test", "The split to compare on.")
-    max_rows: int | None = option(None, "Use the first N rows (default: all).")
-    max_new_tokens: int = option(256, "Longest answer, in tokens; those that were cut off are counted.")
-    batch_size: int = option(8, "Questions answered at once.")
+    max_rows: int | None = option(None, "Use the first N rows (default: all).", within="[1, inf)")
+    max_new_tokens: int = option(
+        256, "Longest answer, in tokens; those that were cut off are counted.", within="[1, 1e6]"
+    )
+    batch_size: int = option(8, "Questions answered at once.", within="[1, 65536]")
     with_reference: bool = option(True, "Show critic and rubric's judge the right answer.")
     pairwise: bool = option(
         False, "Also let the critic choose between each system's answer and the first one's, in both orders."
@@ -67,16 +69,15 @@ class CompareVlmConfig(CriticOptions):
     rubric: str | None = option(
         None, "Yes/no questions about each answer, to the critic: `answers`, or a YAML file (default: none)."
     )
-    tie: float = option(0.01, "Scores that differ by at most this are a tie.")
-    shown: int = option(24, "Most questions that the report shows with their answers.")
+    tie: float = option(0.01, "Scores that differ by at most this are a tie.", within="[0, 1e9]")
+    shown: int = option(24, "Most questions that the report shows with their answers.", within="[1, 1e6]")
     output_dir: str = option("runs/compare_vlm", "Folder for answers, scores and report.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_paths_exist(self, "model_name_or_path")
         pocket.fill_defaults(self, [self.model_name_or_path], "dataset_name")
-        check_paths_exist(self, "model_name_or_path", "dataset_name")
-        check_interval(self, "[1, inf)", "max_rows", "max_new_tokens", "batch_size", "shown")
-        check_interval(self, "[0, inf)", "tie")
+        check_paths_exist(self, "dataset_name")
         if self.load_in_4bit and find_spec("bitsandbytes") is None:
             raise InputError('--load_in_4bit needs bitsandbytes: pip install "prefopt[bitsandbytes]"')
         if not self.critic and (self.pairwise or self.rubric):

@@ -35,9 +35,11 @@ class DiffusionCPOConfig(DiffusionConfig, ObjectiveOptions):
 
     RATES: ClassVar[LearningRates] = LearningRates(lora=1e-4, full=1e-6, pocket=5e-4)
     loss_type: str = option("cpo", "The objective on pairs of candidates: cpo, simpo or mapo.")
-    beta: float = option(1000.0, "Multiplies the difference of mean squared errors.")
+    beta: float = option(1000.0, "Multiplies the difference of mean squared errors.", within="(0, 1e9]")
     likelihood_weight: float = option(
-        1000.0, "For cpo: weight of the chosen's mean squared error; about beta, or the errors rise."
+        1000.0,
+        "For cpo: weight of the chosen's mean squared error; about beta, or the errors rise.",
+        within="[0, 1e9]",
     )
     output_dir: str = option("runs/diffusion_cpo", "Folder for the adapter, checkpoints and logs.")
     learning_rate: float | None = RATES.option()

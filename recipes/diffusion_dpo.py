@@ -38,6 +38,7 @@ class DiffusionDPOConfig(DiffusionConfig, ObjectiveOptions):
         5000.0,
         "The paper's beta: the logit is half of it times the difference of errors. diffusers' script does "
         "not halve its own: its 2500 is 5000 here.",
+        within="(0, 1e9]",
     )
     output_dir: str = option("runs/diffusion_dpo", "Folder for the adapter, checkpoints and logs.")
     learning_rate: float | None = RATES.option()

@@ -24,8 +24,9 @@ from pathlib import Path
 from prefopt import pocket
 from prefopt.cli import run
 from prefopt.errors import InputError
-from prefopt.options import check_interval, check_paths_exist, option
-from prefopt.steps import fill_presets, options_of, run_steps
+from prefopt.options import check_options, check_paths_exist, option
+from prefopt.steps import fill_presets, run_steps
+from prefopt.yaml_files import read_yaml
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs"
@@ -61,14 +62,15 @@ class MethodsConfig:
         "hub id, or `pocket` (the default for that model).",
     )
     discriminator_weight: float | None = option(
-        None, "For cpo_discriminator: weight of its term in the loss (default: what the options of CPO say)."
+        None,
+        "For cpo_discriminator: weight of its term in the loss (default: what the options of CPO say).",
+        within="[0, 1e9]",
     )
-    num_processes: int = option(1, "Processes of each step.")
+    num_processes: int = option(1, "Processes of each step.", within="[1, 1024]")
     output_dir: str = option("runs/methods", "Folder for data, adapters and report.")
 
     def __post_init__(self) -> None:
-        check_interval(self, "[1, inf)", "num_processes")
-        check_interval(self, "[0, inf)", "discriminator_weight")
+        check_options(self)
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown or len(set(self.methods)) < len(self.methods) or not self.methods:
             raise InputError(
@@ -85,7 +87,7 @@ class MethodsConfig:
             raise InputError("--build makes what --dataset_name names: leave one of them out")
         presets = {name: CONFIGS / f"methods_{name}_pocket.yaml" for name in files}
         fill_presets(self, presets, self.model_name_or_path)
-        if self.cpo and "discriminator_name_or_path" in options_of(self.cpo):
+        if self.cpo and "discriminator_name_or_path" in read_yaml(self.cpo):
             raise InputError(
                 f"{self.cpo} names a discriminator, so that cpo would have one, too: name it here, with "
                 "--discriminator_name_or_path"

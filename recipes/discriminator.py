@@ -25,7 +25,7 @@ from prefopt.cli import run
 from prefopt.config import DatasetArguments, PreferenceConfig
 from prefopt.diffusion.config import ImageArguments
 from prefopt.errors import InputError
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_paths_exist, option
 
 SHOWN = 8  # lists in test.png
 
@@ -36,15 +36,17 @@ class DiscriminatorConfig(PreferenceConfig, DatasetArguments, ImageArguments):
 
     model_revision: str | None = option(None, "Revision of the model on the hub.")
     dataset_test_split: str = option("test", "The split that it is calibrated and tested on.")
-    widths: list[int] = option([64, 128, 256], "Channels of its stages; each but the first halves the size.")
+    widths: list[int] = option(
+        [64, 128, 256], "Channels of its stages; each but the first halves the size.", within="[1, 8192]"
+    )
     regulariser: Literal["r1", "spectral", "none"] = option(
         "r1",
         "Against overfitting: a penalty on its gradient at real images (r1, arXiv 1801.04406), weights "
         "divided by their largest singular value (spectral, arXiv 1802.05957), or none.",
     )
-    r1_gamma: float = option(0.1, "For r1: weight of the penalty.")
+    r1_gamma: float = option(0.1, "For r1: weight of the penalty.", within="(0, 1e9]")
     output_dir: str = option("runs/discriminator", "Folder for the discriminator, checkpoints and logs.")
-    learning_rate: float = option(3e-4, "The initial learning rate.")
+    learning_rate: float = option(3e-4, "The initial learning rate.", within="(0, inf)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +62,6 @@ class DiscriminatorConfig(PreferenceConfig, DatasetArguments, ImageArguments):
             )
         check_paths_exist(self, "model_name_or_path", "dataset_name")
         self.check_splits()
-        check_interval(self, "(0, inf)", "r1_gamma")
         self.check_images()
 
 

@@ -24,8 +24,9 @@ from typing import Literal
 from prefopt.cli import run
 from prefopt.diffusion.generator import GenerationOptions
 from prefopt.errors import InputError
-from prefopt.options import check_interval, option
-from prefopt.steps import NONE, fill_presets, options_of, run_steps
+from prefopt.options import check_options, option
+from prefopt.steps import NONE, fill_presets, run_steps
+from prefopt.yaml_files import read_yaml
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs"
@@ -37,7 +38,7 @@ class RoundsConfig:
 
     model_name_or_path: str = option("pocket", "Base model: a folder, a hub id or `pocket`.")
     classes: list[str] = option(["elephant", "giraffe"], "What the images are to show.")
-    rounds: int = option(1, "Times to build, train and compare.")
+    rounds: int = option(1, "Times to build, train and compare.", within="[1, 1000]")
     next_round: Literal["sft", "dpo"] = option(
         "dpo", "The adapter that generates the next round's candidates."
     )
@@ -51,11 +52,11 @@ class RoundsConfig:
         None, "YAML file with the options of Diffusion-DPO, or none to skip it (default: see --build)."
     )
     compare: str | None = option(None, "YAML file with the options of the comparison (default: see --build).")
-    num_processes: int = option(1, "Processes of each step.")
+    num_processes: int = option(1, "Processes of each step.", within="[1, 1024]")
     output_dir: str = option("runs/self_rewarding", "Folder for the rounds.")
 
     def __post_init__(self) -> None:
-        check_interval(self, "[1, inf)", "rounds", "num_processes")
+        check_options(self)
         files = ("build", "sft", "dpo", "compare")
         presets = {name: CONFIGS / f"self_rewarding_{name}_pocket.yaml" for name in files}
         fill_presets(self, presets, self.model_name_or_path, may_be_none=("sft", "dpo"))
@@ -79,7 +80,7 @@ def other_sampler(config: RoundsConfig) -> str:
 
     What a model prefers at one guidance says little of its images at another.
     """
-    build, compare = options_of(str(config.build)), options_of(str(config.compare))
+    build, compare = read_yaml(str(config.build)), read_yaml(str(config.compare))
     if build.get("sources"):
         return ""  # each has a sampler of its own
     said, defaults = [], GenerationOptions()

@@ -34,7 +34,9 @@ class VlmDPOConfig(VlmConfig, ObjectiveOptions):
 
     RATES: ClassVar[LearningRates] = LearningRates(lora=1e-5, full=1e-6, pocket=2e-4)
     beta: float = option(
-        0.1, "Factor on log p: of whole completions, for ipo and simpo averaged over tokens."
+        0.1,
+        "Factor on log p: of whole completions, for ipo and simpo averaged over tokens.",
+        within="(0, 1e9]",
     )
     output_dir: str | None = option("runs/vlm_dpo", "Folder for the adapter, checkpoints and logs.")
     learning_rate: float | None = RATES.option()

@@ -23,7 +23,7 @@ from typing import ClassVar
 from prefopt.cli import run
 from prefopt.config import LearningRates
 from prefopt.errors import InputError
-from prefopt.options import check_interval, option
+from prefopt.options import option
 from prefopt.vlm.config import VlmConfig
 
 
@@ -41,13 +41,12 @@ class VlmEnsembleConfig(VlmConfig):
         ],
         "One text for each adapter: where its options differ from the run's.",
     )
-    average_rank: int | None = option(None, "Write the best average of this rank, too.")
+    average_rank: int | None = option(None, "Write the best average of this rank, too.", within="[1, 65536]")
     output_dir: str | None = option("runs/vlm_qlora_ensemble", "Folder for adapters, checkpoints and logs.")
     learning_rate: float | None = RATES.option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_interval(self, "[1, inf)", "average_rank")
         if self.sharding:
             raise InputError(
                 f"{self.sharding} does not keep the base for the next member: train each with vlm_sft, "

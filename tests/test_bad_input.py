@@ -129,7 +129,7 @@ def test_missing_tables_and_columns(options, refused, tmp_path, module):
         (["--flip_probability", "2"], "--flip_probability is 2.0; it lies in [0, 1]"),
         (["--timestep_range", "0.5"], "--timestep_range 0.5: name its two ends"),
         (["--timestep_range", "0.5", "0.2"], "--timestep_range 0.5 0.2: name its two ends, the lower first"),
-        (["--timestep_range", "nan", "1"], "--timestep_range nan 1.0: name its two ends"),
+        (["--timestep_range", "nan", "1"], "--timestep_range is nan; it lies in [0, 1]"),
         (["--drop_probability", "-1"], "--drop_probability is -1.0"),
         (["--visits", "0"], "--visits is 0"),
         (["--seed", "-1"], "--seed is -1"),
@@ -155,7 +155,7 @@ def test_unknown_and_impossible_options(options, refused, words, said):
         ("loss_type: ppo", "loss_type is 'ppo'; choose from dpo, ipo, hinge, robust"),
         ("seed: many", "seed"),
         ("seed: 1.5", "seed"),
-        ("- a list", "must contain a YAML mapping"),
+        ("- a list", "config.yaml is a list, no mapping"),
         ("beta_dpo: [1, 2", "line 1"),
         ("beta_dpo: !!python/object/apply:os.getcwd []", "python/object"),
     ],
@@ -264,10 +264,9 @@ def test_a_loss_that_is_not_finite_names_its_rows(options, refused, tmp_path):
     assert kept == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("rate", ["inf", 1e38])
-def test_weights_that_are_not_finite_are_not_saved(options, refused, rate):
+def test_weights_that_are_not_finite_are_not_saved(options, refused):
     """Guards: a run that ends well with them, and checkpoints that hold nothing finite."""
-    message = refused({**options, "learning_rate": rate, "save_strategy": "steps", "save_steps": 1})
+    message = refused({**options, "learning_rate": 1e38, "save_strategy": "steps", "save_steps": 1})
     assert "after step 1" in message and "trained tensors are not finite" in message
     assert "nothing was saved" in message
     assert not list(options["output_dir"].glob("*.safetensors"))
@@ -323,7 +322,7 @@ def test_a_mistyped_option_is_answered_with_the_nearest(words, said):
     [
         (["--system", "base", "dpo=runs/x"], "--system is no option; did you mean --systems?"),
         (["--nonsense"], "--nonsense is no option"),
-        (["--config", "FILE"], "--system is no option; did you mean --systems?"),
+        (["--config", "FILE"], "options.yaml: 'system' is no option; did you mean systems?"),
     ],
 )
 def test_a_mistyped_option_is_answered_before_a_config_looks_for_anything(words, said, tmp_path, monkeypatch):
@@ -339,7 +338,7 @@ def test_a_mistyped_option_is_answered_before_a_config_looks_for_anything(words,
 def test_a_mistyped_key_of_a_file_is_answered_with_the_nearest_option(tmp_path):
     config = tmp_path / "options.yaml"
     config.write_text("batchsize: 3\n")
-    with pytest.raises(InputError, match=re.escape("--batchsize is no option; did you mean --batch_size?")):
+    with pytest.raises(InputError, match="'batchsize' is no option; did you mean batch_size"):
         parse(TextToImagePairsConfig, ["--config", str(config)])
 
 

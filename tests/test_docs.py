@@ -57,6 +57,20 @@ def test_files_that_are_named_exist(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_every_line_of_the_security_page_names_tests_that_exist():
+    rows = [
+        line
+        for line in (DOCS / "security.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ") and not line.startswith("| what ")
+    ]
+    assert len(rows) >= 20
+    for row in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row)
+        assert tests, row
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}"
+
+
 def test_the_index_has_every_page_once():
     linked = re.findall(r"^\| \[\S+\]\((\S+)\)", (DOCS / "README.md").read_text(encoding="utf-8"), re.M)
     assert sorted([*linked, "README.md"]) == [page.name for page in PAGES[1:]]

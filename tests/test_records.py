@@ -215,7 +215,7 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, name: str, text: A
     [
         ({"rejected": "pictures/99.png"}, "row 1, column rejected points to pictures/99.png, which is not"),
         ({"rejected": "../secret.png"}, "row 1, column rejected points to ../secret.png, outside of the"),
-        ({"rejected": ""}, "row 1, column rejected has no image; a pair has two"),
+        ({"rejected": ""}, "row 1, column rejected has no image; fill it"),
         ({"margin": "wide"}, "row 1 has the margin 'wide'; a margin is a finite number"),
         ({"margin": -1}, "row 1 has the margin -1: its rejected image scores higher"),
     ],

@@ -2,12 +2,11 @@
 
 import json
 import pickle
-import resource
-from contextlib import contextmanager
 from multiprocessing import get_context
 
 import pytest
 import torch
+from disks import limited_files
 
 from prefopt.errors import InputError
 from prefopt.files import content_key, reporting_write_errors, write_atomically
@@ -97,20 +96,9 @@ def test_what_another_process_wrote_is_seen_after_refresh(tmp_path):
     assert second["a"]["mean"][0, 0] == 1
 
 
-@contextmanager
-def no_room():
-    """No file grows past 1,000 bytes, as on a full disk; only for a moment, for pytest writes files, too."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_is_an_error_and_leaves_the_store_as_it_was(tmp_path):
     store = TensorStore(tmp_path, IDENTITY)
-    with pytest.raises(InputError, match=f"could not write {tmp_path}.*Free some space"), no_room():
+    with pytest.raises(InputError, match=f"could not write {tmp_path}.*Free some space"), limited_files(1000):
         store.write({"a": {"mean": torch.zeros(10_000)}})
     assert len(store) == len(TensorStore(tmp_path, IDENTITY)) == 0
     store.write({"b": {"mean": torch.zeros(10)}})
@@ -120,7 +108,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_store_as_it_was(tmp_path):
 def test_a_full_disk_under_torch_save_is_named_too(tmp_path):
     with (
         pytest.raises(InputError, match="could not write the optimizer"),
-        no_room(),
+        limited_files(1000),
         reporting_write_errors("the optimizer"),
     ):
         torch.save(torch.zeros(10_000), tmp_path / "optimizer.pt")

@@ -28,8 +28,8 @@ from data_builders.engine.passes import run_passes
 from data_builders.engine.stages import INVALID, NOT_SELECTED, Group, Record, flow
 from data_builders.export.hub import push
 from data_builders.export.writers import write_exports
+from prefopt.ledger import Ledger
 from prefopt.loading import Lazy
-from prefopt.store import Ledger
 
 
 class Build:

@@ -19,8 +19,8 @@ from prefopt.files import content_key
 from prefopt.judges.critic import TEXT, TYPED, TextCritic, TypedCritic
 from prefopt.judges.critic_cases import PairCase, Preference, Templates
 from prefopt.judges.loading import lazy_critic
+from prefopt.ledger import Ledger
 from prefopt.loading import Lazy
-from prefopt.store import Ledger
 
 AnyCritic = TextCritic | TypedCritic
 

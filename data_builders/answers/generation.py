@@ -14,8 +14,8 @@ from data_builders.engine.passes import ModelPass
 from data_builders.engine.stages import Record, batched
 from prefopt import pocket
 from prefopt.files import content_key
+from prefopt.ledger import Ledger
 from prefopt.loading import Lazy, files_identity, own_memory
-from prefopt.store import Ledger
 from prefopt.vlm.generate import Generated, Request, generate
 from prefopt.vlm.inference import adapter_identity, with_adapter
 from prefopt.vlm.models import load_vlm

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from data_builders.engine.stages import Record
 from data_builders.engine.tables import IMAGES, features
 from prefopt.errors import InputError
-from prefopt.files import check_identity, content_key, replacing, reporting_write_errors
+from prefopt.files import check_identity, content_key, remove_partials, replacing, reporting_write_errors
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ class ImageBlocks:
 
     def clean(self) -> None:
         """Remove what killed runs left half written; only while no process writes."""
-        for pattern in (".block-*", ".identity.json.*"):
-            for partial in self.folder.glob(pattern):
-                partial.unlink()
+        remove_partials(self.folder)
 
     def _check_strangers(self) -> None:
         ours = {block.file for block in self.blocks}

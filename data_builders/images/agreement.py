@@ -35,9 +35,9 @@ from prefopt.files import content_key, public_name
 from prefopt.images import open_image
 from prefopt.judges.questions import Judge
 from prefopt.judges.rubric import Rubric
+from prefopt.ledger import Ledger
 from prefopt.loading import Lazy
 from prefopt.runs import versions
-from prefopt.store import Ledger
 
 DISAGREE = "judges disagree"
 PREFER_REJECTED = "judges prefer the rejected"

@@ -43,8 +43,8 @@ from prefopt.errors import InputError
 from prefopt.judges.questions import Answer, Judge
 from prefopt.judges.reward import RUBRIC as REWARD
 from prefopt.judges.rubric import Rubric
+from prefopt.ledger import Ledger
 from prefopt.loading import Lazy
-from prefopt.store import Ledger
 
 # What decides on tables besides the images.
 DECIDING = (
@@ -59,9 +59,9 @@ DECIDING = (
 def replaced(folder: Path, settings: Mapping[str, Any]) -> str:
     """A sentence if the folder's tables are of another rubric, judge or discriminator, else nothing."""
     try:
-        before = json.loads((folder / "BUILD.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
-        return ""
+        before = dict(json.loads((folder / "BUILD.json").read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""  # none, or a damaged one, which is written anew
     changed = [name for name in DECIDING if before.get(name) != json.loads(json.dumps(settings[name]))]
     told = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" for name in changed)
     return f"{folder}: this replaces tables that were made with {told}" if changed else ""

@@ -7,28 +7,28 @@ from data_builders.export.config import HubOptions
 from data_builders.export.tables import EXPORTS
 from data_builders.images.selection import PairOptions, PairRule
 from prefopt import pocket
-from prefopt.diffusion.generator import GenerationOptions, Generator, changed
+from prefopt.diffusion.generator import SCALE, GenerationOptions, Generator, changed
 from prefopt.errors import InputError
 from prefopt.judges.rubric import Rubric
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_paths_exist, option
 
 
 @dataclass
 class BuilderConfig(HubOptions, GenerationOptions):
     """What generates and judges the candidates, what is selected, and what is written."""
 
-    candidates: int = option(8, "Images per prompt.")
-    seed: int = option(0, "The seeds of the images follow from it.")
+    candidates: int = option(8, "Images per prompt.", within="[2, 10000]")
+    seed: int = option(0, "The seeds of the images follow from it.", within="[0, 4294967295]")
     adapter: str | None = option(None, "LoRA for that model: a folder, a file or a hub id.")
-    adapter_scale: float = option(1.0, "The LoRA's weight.")
+    adapter_scale: float = option(1.0, "The LoRA's weight.", within=SCALE)
     sources: list[str] = option(
         [],
         "Several models in place of one, used in turn for a prompt's candidates; each quoted: "
         "`model steps=4 guidance=0 adapter=folder scale=0.4`.",
     )
-    batch_size: int = option(32, "Images generated at once.")
+    batch_size: int = option(32, "Images generated at once.", within="[1, 65536]")
     block_size: int = option(
-        8, "Prompts per block; a crash loses at most the unfinished block of each process."
+        8, "Prompts per block; a crash loses at most the unfinished block of each process.", within="[1, 1e6]"
     )
 
     judge_model_name_or_path: str | None = option(
@@ -41,7 +41,7 @@ class BuilderConfig(HubOptions, GenerationOptions):
         None, "Endpoint that serves the judge: /v1/systemone or OpenAI-compatible."
     )
     judge_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the judge.")
-    judge_batch_size: int = option(16, "Images judged at once.")
+    judge_batch_size: int = option(16, "Images judged at once.", within="[1, 65536]")
     rubric: str = option("reward", "The questions: a YAML file, or one of ours by name.")
     question_weights: list[str] = option(
         [], "Other weights of the rubric's questions than its own: `whole_prompt=4`."
@@ -61,14 +61,17 @@ class BuilderConfig(HubOptions, GenerationOptions):
         0.0,
         "Smallest difference between the soft scores of a pair; with --rubric reward, in logits; with a "
         "discriminator, in ranks.",
+        within="[0, 1e9]",
     )
     max_pairs_per_prompt: int | None = option(
-        None, "Maximum pairs per prompt; those with the widest margins are kept (default: all)."
+        None,
+        "Maximum pairs per prompt; those with the widest margins are kept (default: all).",
+        within="[1, inf)",
     )
     exports: list[str] = option(["pairs"], f"Tables to write: {', '.join(EXPORTS)}.")
     gallery: bool = option(True, "Write gallery.html.")
-    test_fraction: float = option(0.0, "Share of the prompts that go to the split `test`.")
-    shard_megabytes: int = option(256, "Largest Parquet file of a table.")
+    test_fraction: float = option(0.0, "Share of the prompts that go to the split `test`.", within="[0, 1)")
+    shard_megabytes: int = option(256, "Largest Parquet file of a table.", within="[1, 1e6]")
     keep_resident: bool = option(
         False, "Keep all models loaded and finish block after block, where memory allows."
     )
@@ -77,15 +80,10 @@ class BuilderConfig(HubOptions, GenerationOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_hub()
-        check_interval(self, "[1, inf)", "block_size", "shard_megabytes")
-        check_interval(self, "[1, inf)", "judge_batch_size", "max_pairs_per_prompt")
-        check_interval(self, "[0, inf)", "min_margin")
-        check_interval(self, "[2, inf)", "candidates")
         pocket.fill_defaults(self, self.models, "judge_model_name_or_path")
         check_paths_exist(self, "adapter", "discriminator_name_or_path")
         if not self.judge_url:
             check_paths_exist(self, "judge_model_name_or_path")
-        check_interval(self, "[0, 1)", "test_fraction")
         if unknown := [name for name in self.exports if name not in EXPORTS]:
             raise InputError(f"--exports {unknown[0]} is unknown; known are {', '.join(EXPORTS)}")
         if len(self.sources) > self.candidates:

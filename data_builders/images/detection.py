@@ -10,8 +10,8 @@ from data_builders.engine.stages import Record, batched, is_valid
 from data_builders.images.judging import open_row
 from prefopt.detectors import Box, Detector
 from prefopt.files import content_key
+from prefopt.ledger import Ledger
 from prefopt.loading import Lazy
-from prefopt.store import Ledger
 
 
 class DetectObjects(ModelPass[Detector]):

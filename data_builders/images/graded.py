@@ -31,8 +31,8 @@ from data_builders.images.real import RealImages
 from data_builders.prompts.captions import CAPTIONS, REAL, caption_images
 from prefopt.errors import InputError
 from prefopt.files import public_name
+from prefopt.ledger import Ledger
 from prefopt.runs import versions
-from prefopt.store import Ledger
 from prefopt.vlm.generate import Generated
 
 

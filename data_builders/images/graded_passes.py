@@ -40,11 +40,12 @@ from data_builders.engine.stages import (
 from data_builders.images.generation import GenerateImages, candidate_seed, encode
 from data_builders.images.real import RealImages
 from data_builders.prompts.captions import REAL, Source
-from prefopt.diffusion.generator import MODEL_FILE, Generator
+from prefopt.diffusion.generator import Generator
 from prefopt.diffusion.latents import prepare_image
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.loading import Lazy, load_part, load_parts, own_memory
+from prefopt.model_files import CONFIG_FILE, MODEL_FILE, read_config
 
 BROKEN, TOO_SMALL = "broken image", "smaller than the generated images"
 
@@ -55,9 +56,9 @@ def native_side(generator: Generator) -> int:
     """The pixels of a side of the images that a model generates unless told otherwise."""
     folder = generator.folder
     for name in ("unet", "transformer"):
-        files = [folder / part / "config.json" for part in (name, "vae")]
-        if all(file.is_file() for file in files):
-            network, vae = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        parts = [folder / part for part in (name, "vae")]
+        if all((part / CONFIG_FILE).is_file() for part in parts):
+            network, vae = map(read_config, parts)
             if isinstance(side := network.get("sample_size"), int) and "block_out_channels" in vae:
                 return side * 2 ** (len(vae["block_out_channels"]) - 1)
     raise InputError(f"{generator.model} does not say how large its images are; give --height and --width")
@@ -66,9 +67,9 @@ def native_side(generator: Generator) -> int:
 def token_limit(generator: Generator) -> Callable[[str], bool]:
     """Whether each of a model's text encoders reads the whole of a text."""
     folder = generator.folder
-    parts = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+    parts = read_config(folder, MODEL_FILE)
     tokenizers: list[Any] = [
-        load_part(AutoTokenizer, folder / part, "tokenizer")
+        load_part(AutoTokenizer, folder / part, "tokenizer", trust_remote_code=False)
         for part in sorted(parts)
         if part.startswith("tokenizer") and (folder / part).is_dir()
     ]

@@ -24,8 +24,8 @@ from prefopt.judges.loading import lazy_judge
 from prefopt.judges.questions import Answer, Case, Judge, Question
 from prefopt.judges.reward import DISCRIMINATOR, reward_type
 from prefopt.judges.rubric import Rubric
+from prefopt.ledger import Ledger
 from prefopt.loading import Lazy
-from prefopt.store import Ledger
 
 EMPTY = "empty"  # stands for the pixels' hash of the empty image
 GREY = (128, 128, 128)

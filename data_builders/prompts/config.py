@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from prefopt.errors import InputError
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_options, check_paths_exist, option, shown
 
 
 @dataclass
@@ -14,8 +14,10 @@ class PromptOptions:
     prompts: str | None = option(
         None, "Text file, one prompt a line, each naming one class (default: an LLM writes them)."
     )
-    prompts_per_class: int = option(100, "Prompts to write.")
-    held_out_per_class: int = option(25, "Further prompts to write, for comparisons: held_out_prompts.txt.")
+    prompts_per_class: int = option(100, "Prompts to write.", within="[1, 1e6]")
+    held_out_per_class: int = option(
+        25, "Further prompts to write, for comparisons: held_out_prompts.txt.", within="[0, 1e6]"
+    )
     writer_model_name_or_path: str | None = option(
         None,
         "LLM that writes the prompts: a folder, a hub id or `pocket` (the default for the model `pocket`).",
@@ -26,14 +28,22 @@ class PromptOptions:
     request_template: str | None = option(
         None, "Text file with the request, with {count} and {class} (default: ours)."
     )
-    temperature: float = option(0.7, "Sampling temperature of the LLM; 0 is greedy.")
-    top_p: float = option(0.95, "Total probability of the likeliest tokens from which the LLM samples.")
+    temperature: float = option(0.7, "Sampling temperature of the LLM; 0 is greedy.", within="[0, 100]")
+    top_p: float = option(
+        0.95, "Total probability of the likeliest tokens from which the LLM samples.", within="(0, 1]"
+    )
 
     def __post_init__(self) -> None:
-        check_interval(self, "[1, inf)", "prompts_per_class")
-        check_interval(self, "[0, inf)", "held_out_per_class", "temperature")
-        check_interval(self, "(0, 1]", "top_p")
+        check_options(self)
         # Hours of other work come before these are read.
         check_paths_exist(self, "writer_model_name_or_path", "prompts")
-        if not self.classes or len(set(self.classes)) < len(self.classes):
-            raise InputError(f"--classes is {self.classes}; name one or more, each once")
+        if not self.classes:
+            raise InputError("--classes is empty; name one or more")
+        for number, name in enumerate(self.classes):
+            if not any(map(str.isalnum, name)) or name != name.strip():
+                raise InputError(
+                    f"--classes has {shown(name)}; a class is a name, with a letter or digit and no space at "
+                    "its ends"
+                )
+            if name.casefold() in map(str.casefold, self.classes[:number]):
+                raise InputError(f"--classes names {shown(name)} twice; prompts tell classes by their names")

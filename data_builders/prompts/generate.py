@@ -25,9 +25,9 @@ from data_builders.prompts.llm import PromptLLM, Sampling, lazy_llm
 from data_builders.prompts.reading import Prompts, given_prompts, identify, naming, read_prompts
 from prefopt.errors import InputError
 from prefopt.files import content_key, reporting_write_errors, write_atomically
+from prefopt.ledger import Ledger
 from prefopt.loading import Lazy
 from prefopt.progress import progress_bar
-from prefopt.store import Ledger
 
 logger = logging.getLogger(__name__)
 

@@ -178,7 +178,7 @@ def _loaded(name: str, revision: str | None, dtype: torch.dtype, device: torch.d
     """Model, and its tokenizer or (of a VLM) processor."""
     config = load_part(AutoConfig, name, LLM, revision, trust_remote_code=False)
     is_vlm = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    reader = None if is_vlm else load_part(AutoTokenizer, name, LLM, revision)
+    reader = None if is_vlm else load_part(AutoTokenizer, name, LLM, revision, trust_remote_code=False)
     quantised = getattr(config, "quantization_config", None) is not None
     if quantised:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16

@@ -108,7 +108,7 @@ def distinct(records: Iterable[Record], left_out: Counter[str]) -> Iterator[Reco
 @cache
 def naming(name: str) -> re.Pattern[str]:
     """What finds the name of a class, or its plural, as a word of a text."""
-    return re.compile(rf"\b{re.escape(name)}(?:e?s)?\b", re.IGNORECASE)
+    return re.compile(rf"(?<!\w){re.escape(name)}(?:e?s)?(?!\w)", re.IGNORECASE)
 
 
 def _class_of(prompt: str, classes: Sequence[str]) -> str:

@@ -5,12 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from prefopt import pocket
 from prefopt.detectors import Detector, owlv2, yolo_world
 from prefopt.errors import InputError
-from prefopt.loading import Lazy
+from prefopt.loading import Lazy, model_config
 
 
 def load_detector(
@@ -30,7 +29,8 @@ def lazy_detector(
     name = name_or_path if name_or_path.endswith(".pt") else pocket.resolve(name_or_path, "yolo_world")
     settings = {name: value for name, value in options.items() if name != "batch_size"}
     load: Callable[[], Detector]
-    if name.endswith(".pt") or (kind := _model_type(name, revision)) == yolo_world.MODEL_TYPE:
+    kind = None if name.endswith(".pt") else model_config(name, revision).get("model_type")
+    if name.endswith(".pt") or kind == yolo_world.MODEL_TYPE:
         load = partial(yolo_world.YoloWorld, name, device=device, **options)
         return Lazy(yolo_world.identity(name, **settings), load)
     if kind == owlv2.MODEL_TYPE:
@@ -40,11 +40,3 @@ def lazy_detector(
         f"{name_or_path} is a {kind!r}; detectors are {yolo_world.MODEL_TYPE!r} (a folder as "
         f"{yolo_world.CONVERTER} writes it) and {owlv2.MODEL_TYPE!r} (google/owlv2-base-patch16-ensemble)"
     )
-
-
-def _model_type(name: str, revision: str | None) -> Any:
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} is no folder or hub id with a config.json: {error}") from error
-    return config.get("model_type")

@@ -30,7 +30,7 @@ class ClassEmbeddings:
     ):
         name, what = pocket.resolve(clip, "clip"), "CLIP with its tokenizer, which embeds the classes,"
         model: Any = load_complete(CLIPModel, name, what, revision)
-        self.tokenizer: Any = load_part(AutoTokenizer, name, what, revision)
+        self.tokenizer: Any = load_part(AutoTokenizer, name, what, revision, trust_remote_code=False)
         if model.config.projection_dim > size:
             raise InputError(
                 f"{name} embeds texts in {model.config.projection_dim} numbers, the detector takes {size} at "

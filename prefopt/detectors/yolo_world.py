@@ -21,7 +21,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.ops import box_convert
@@ -32,9 +31,11 @@ from prefopt.detectors.selecting import MAX_OVERLAP, MIN_CONFIDENCE, distinct, i
 from prefopt.detectors.text import ClassEmbeddings
 from prefopt.errors import InputError
 from prefopt.files import content_key
-from prefopt.loading import files_identity
+from prefopt.loading import check_finite, files_identity, first_line
+from prefopt.model_files import check_files, read_config
 
 MODEL_TYPE = "yolo_world"
+WEIGHTS_FILE = "model.safetensors"
 CONVERTER = "scripts/convert_yolo_world.py"
 _GREY = (114, 114, 114)  # around an image that is not square, as in training
 
@@ -52,7 +53,16 @@ class YoloWorldSettings:
     template: str = "{}"  # how a class is worded for CLIP
 
     def __post_init__(self):
-        if self.image_size < 32 or self.image_size % 32:
+        for name, kind, most in (
+            ("depth", float, 10),
+            ("width", float, 10),
+            ("max_channels", int, 2**14),
+            ("image_size", int, 2**14),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not 0 < value <= most:
+                raise ValueError(f"{name} is {value!r} but must be a number in (0, {most}]")
+        if self.image_size % 32:
             raise ValueError(f"image_size is {self.image_size} but must be a multiple of 32")
         if "{}" not in self.template:
             raise ValueError(f"template {self.template!r} has no {{}} for the class")
@@ -64,12 +74,12 @@ class YoloWorldSettings:
     @classmethod
     def load(cls, folder: Path) -> Self:
         """From a folder's config.json; InputError if it is none of ours."""
+        values = read_config(folder)
         try:
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if values.pop("model_type", None) != MODEL_TYPE:
                 raise ValueError(f"its model_type is not {MODEL_TYPE!r}")
             return cls(**values)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise InputError(
                 f"{folder}/config.json describes no YOLO-World: {error}; {CONVERTER} writes such a folder"
             ) from error
@@ -164,12 +174,14 @@ class YoloWorld:
         folder = _folder(model_name_or_path)
         self.settings = settings = YoloWorldSettings.load(folder)
         self.model = build(settings)
+        check_files(folder)
         try:
-            self.model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, RuntimeError, SafetensorError) as error:
+            self.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        except (OSError, RuntimeError) as error:
             raise InputError(
-                f"{folder}/model.safetensors is not what its config.json describes: {error}"
+                f"{folder / WEIGHTS_FILE} is not what its config.json describes: {first_line(error)}"
             ) from error
+        check_finite(self.model.state_dict(), f"the YOLO-World in {folder}")
         self.model.eval().to(device)
         self.device, self.batch_size = device, batch_size
         self.min_confidence, self.max_overlap = min_confidence, max_overlap

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from prefopt.config import RecipeConfig
 from prefopt.errors import InputError
 from prefopt.files import text_lines
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_paths_exist, option
 
 
 @dataclass
@@ -17,14 +17,17 @@ class ImageArguments:
     model_name_or_path: str = option("pocket", "A diffusers pipeline: a folder, a hub id, or `pocket`.")
     variant: str | None = option(None, "Variant of that model's weights, such as fp16 (default: none).")
     resolution: int | None = option(
-        None, "Pixels of a side after resizing and cropping (default: the model's own)."
+        None, "Pixels of a side after resizing and cropping (default: the model's own).", within="[8, 16384]"
     )
-    flip_probability: float = option(0.0, "Probability that an example's images are mirrored.")
-    drop_probability: float = option(0.0, "Probability that an example's prompt is left empty.")
+    flip_probability: float = option(
+        0.0, "Probability that an example's images are mirrored.", within="[0, 1]"
+    )
+    drop_probability: float = option(
+        0.0, "Probability that an example's prompt is left empty.", within="[0, 1]"
+    )
 
     def check_images(self) -> None:
         """InputError for values out of range."""
-        check_interval(self, "[0, 1]", "flip_probability", "drop_probability")
 
 
 @dataclass
@@ -32,20 +35,24 @@ class TimestepArguments:
     """Which timesteps are trained on."""
 
     timestep_range: list[float] = option(
-        [0.0, 1.0], "Part of the noise schedule to train on, from its least noise to its most, in [0, 1]."
+        [0.0, 1.0],
+        "Part of the noise schedule to train on, from its least noise to its most, in [0, 1].",
+        within="[0, 1]",
     )
     timestep_distribution: Literal["uniform", "stratified", "logit_normal"] = option(
         "uniform",
         "How timesteps are drawn: all alike (uniform), all alike and spread evenly over each optimizer step "
         "(stratified), or most often around the middle (logit_normal, arXiv 2403.03206).",
     )
-    logit_mean: float = option(0.0, "For logit_normal: above 0, more noise; below, less.")
-    logit_std: float = option(1.0, "For logit_normal: the larger, the more often the ends.")
+    logit_mean: float = option(
+        0.0, "For logit_normal: above 0, more noise; below, less.", within="[-100, 100]"
+    )
+    logit_std: float = option(
+        1.0, "For logit_normal: the larger, the more often the ends.", within="(0, 100]"
+    )
 
     def check_timesteps(self, visits: int | None) -> None:
         """InputError for values out of range."""
-        check_interval(self, "(-inf, inf)", "logit_mean")
-        check_interval(self, "(0, inf)", "logit_std")
         _check_ends(self, "timestep_range")
         if self.timestep_distribution == "stratified" and visits:
             raise InputError(
@@ -63,20 +70,23 @@ class DiscriminatorArguments:
         "Add a discriminator's term to the loss: what recipes/discriminator.py wrote, a hub id or `pocket` "
         "(default: none).",
     )
-    discriminator_weight: float = option(2.0, "Weight of that term, softplus(-d(predicted clean latents)).")
+    discriminator_weight: float = option(
+        2.0, "Weight of that term, softplus(-d(predicted clean latents)).", within="[0, 1e9]"
+    )
     discriminator_window: list[float] = option(
         [0.0, 0.5],
         "Part of the noise schedule in which the term counts, from least noise to most, in [0, 1].",
+        within="[0, 1]",
     )
     discriminator_mode: Literal["frozen", "adversarial"] = option(
         "frozen", "The discriminator stays as it is (frozen), or is trained on the predictions (adversarial)."
     )
-    discriminator_learning_rate: float = option(1e-4, "For adversarial: the discriminator's learning rate.")
+    discriminator_learning_rate: float = option(
+        1e-4, "For adversarial: the discriminator's learning rate.", within="(0, inf)"
+    )
 
     def check_discriminator(self, *, fp16: bool) -> None:
         """InputError for values out of range, and for options of a discriminator that is not there."""
-        check_interval(self, "[0, inf)", "discriminator_weight")
-        check_interval(self, "(0, inf)", "discriminator_learning_rate")
         _check_ends(self, "discriminator_window")
         check_paths_exist(self, "discriminator_name_or_path")
         adversarial = self.discriminator_mode == "adversarial"
@@ -95,16 +105,20 @@ class ValidationArguments:
         "Text file, one prompt a line: an image of each, always of the same seed, is generated at the start, "
         "every --validation_steps and at the end (default: none).",
     )
-    validation_steps: int = option(100, "For --validation_prompts: generate every N steps.")
-    validation_inference_steps: int = option(30, "For --validation_prompts: denoising steps of an image.")
+    validation_steps: int = option(
+        100, "For --validation_prompts: generate every N steps.", within="[1, 1e9]"
+    )
+    validation_inference_steps: int = option(
+        30, "For --validation_prompts: denoising steps of an image.", within="[1, 10000]"
+    )
     validation_guidance_scale: float = option(
-        3.0, "For --validation_prompts: classifier-free guidance; 1 is none. Real models need about 7.5."
+        3.0,
+        "For --validation_prompts: classifier-free guidance; 1 is none. Real models need about 7.5.",
+        within="[0, 1000]",
     )
 
     def check_validation(self, *, sharded: bool) -> None:
         """InputError for values out of range, and for weights that no one process has."""
-        check_interval(self, "[1, inf)", "validation_steps", "validation_inference_steps")
-        check_interval(self, "[0, inf)", "validation_guidance_scale")
         if self.validation_prompts is None:
             return
         list(text_lines(Path(self.validation_prompts)))  # which says what is wrong with the file
@@ -128,6 +142,7 @@ class DiffusionConfig(
         None,
         "Hold out this share of the prompts: their examples are not trained on, and --eval_strategy steps "
         "measures them.",
+        within="(0, 1)",
     )
     encode: Literal["cache", "live"] = option(
         "cache",
@@ -142,7 +157,6 @@ class DiffusionConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_interval(self, "(0, 1)", "test_fraction")
         if self.test_fraction is not None and self.dataset_test_split is not None:
             raise InputError("--test_fraction and --dataset_test_split: leave one of them out")
         if self.encode == "live" and self.reference == "cache":

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral, Real
+from reprlib import repr as shortened
 from typing import Any, NamedTuple
 
 from prefopt.errors import InputError
@@ -53,8 +54,8 @@ def _pair(row: Mapping[str, Any], where: str) -> Order:
     margin, p_chosen = row.get("margin"), row.get("p_chosen")
     if "p_chosen" in row:
         check_p_chosen(p_chosen, where)
-    if margin is not None and not (isinstance(margin, Real) and math.isfinite(margin)):
-        raise InputError(f"{where} has the margin {margin!r}; a margin is a finite number")
+    if margin is not None and not (_is_number(margin) and math.isfinite(margin)):
+        raise InputError(f"{where} has the margin {shortened(margin)}; a margin is a finite number")
     if margin is not None and margin < 0:
         raise InputError(
             f"{where} has the margin {margin}: its rejected image scores higher than its chosen one"
@@ -69,6 +70,10 @@ def _ranked(row: Mapping[str, Any], where: str) -> Order:
 def _listed(images: str, ranks: str, row: Mapping[str, Any], where: str) -> Order:
     names = tuple(cells_of(row, [images])) if row[images] is not None else ()
     given = row[ranks] if row[ranks] is not None else []
+    if not isinstance(given, list):
+        raise InputError(
+            f"{where} has the {ranks} {shortened(given)}; it is to be a list, a rank for each image"
+        )
     if len(names) != len(given):
         raise InputError(f"{where} has {len(names)} {images}, but {len(given)} {ranks}")
     if len(names) < 2:
@@ -78,26 +83,31 @@ def _listed(images: str, ranks: str, row: Mapping[str, Any], where: str) -> Orde
 
 def _rank(rank: Any, where: str) -> int:
     if isinstance(rank, bool) or not isinstance(rank, Integral) or int(rank) < 0:
-        raise InputError(f"{where} has the rank {rank!r}; ranks are whole numbers, 1 the best")
+        raise InputError(f"{where} has the rank {shortened(rank)}; ranks are whole numbers, 1 the best")
     return int(rank)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _pickapic(row: Mapping[str, Any], where: str) -> Order:
-    if not row.get("has_label", True):
+    has_label, labels = row.get("has_label", True), (row["label_0"], row["label_1"])
+    if has_label not in (True, False):
+        raise InputError(f"{where} has the has_label {shortened(has_label)}; it is true or false")
+    if not has_label:
         return Order(("jpg_0", "jpg_1"), (1, 1), drop="no label")
-    labels = (row["label_0"], row["label_1"])
     for label in labels:
-        if isinstance(label, bool) or not isinstance(label, Real) or not math.isfinite(label):
-            raise InputError(f"{where} has the label {label!r}; labels are numbers: 0, 0.5 or 1")
+        if not _is_number(label) or label not in (0, 0.5, 1):
+            raise InputError(f"{where} has the label {shortened(label)}; labels are numbers: 0, 0.5 or 1")
     return Order(("jpg_0", "jpg_1"), (-labels[0], -labels[1]))
 
 
 def _votes(row: Mapping[str, Any], where: str) -> Order:
     votes = (row["votes_image1"], row["votes_image2"])
     for count in votes:
-        whole = isinstance(count, Real) and not isinstance(count, bool) and float(count).is_integer()
-        if not whole or count < 0:
-            raise InputError(f"{where} has {count!r} votes; votes are counted: 0, 1, 2, ...")
+        if not _is_number(count) or count < 0 or count % 1:
+            raise InputError(f"{where} has {shortened(count)} votes; votes are counted: 0, 1, 2, ...")
     total = sum(votes)
     p_chosen = max(votes) / total if total else 0.5
     return Order(("image1", "image2"), (-votes[0], -votes[1]), p_chosen, "" if total else "no votes")
@@ -112,7 +122,7 @@ def _hpdv2_pair(column: str) -> Callable[[Mapping[str, Any], str], Order]:
         preferred = row["human_preference"]
         if preferred not in ([0, 1], [1, 0], [0, 0], [1, 1]):
             raise InputError(
-                f"{where} has the human_preference {preferred!r}; it is 1 for a preferred image, else 0"
+                f"{where} has the human_preference {shortened(preferred)}; 1 is a preferred image, else 0"
             )
         names = tuple(cells_of(row, [column]))
         if len(names) != 2:
@@ -168,7 +178,7 @@ def find_format(lists: Mapping[str, bool], where: str) -> Format:
         guess = f" (is it {near[0]!r}, misspelt?)" if near else ""
         raise InputError(
             f"{where}: no column {' and no column '.join(map(repr, missing))}{guess}; its columns are "
-            f"{list(lists)}, and preferences need a prompt and one of: {KNOWN}"
+            f"{list(lists)!s:.500}, and preferences need a prompt and one of: {KNOWN}"
         )
     return form
 

@@ -3,28 +3,27 @@
 Importing this imports no model library; `sampling` loads and runs what is described here.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import file_key, named_files_key, used_variant, variant_of
 from prefopt.hub import ADAPTER_FILE, adapter_place, files_at
-from prefopt.options import check_interval, check_paths_exist, check_revision, option
+from prefopt.model_files import MODEL_FILE, check_files, read_config
+from prefopt.options import check_name, check_number, check_options, check_paths_exist, check_revision, option
 
-MODEL_FILE = "model_index.json"
-
-# What a text about a generator may change, and of which type it is.
+STEPS, GUIDANCE, SCALE = "[1, 10000]", "[0, 1000]", "[-1000, 1000]"  # ranges
+# What a text about a generator may change: the range of a number, None for a text.
 CHANGES = {
-    "steps": int,
-    "guidance": float,
-    "adapter": str,
-    "scale": float,
-    "revision": str,
-    "variant": str,
+    "steps": STEPS,
+    "guidance": GUIDANCE,
+    "adapter": None,
+    "scale": SCALE,
+    "revision": None,
+    "variant": None,
 }
 _CONFIG_FILES = (".json", ".txt", ".model")
 
@@ -96,16 +95,16 @@ class GenerationOptions:
     model_name_or_path: str = option("pocket", "Text-to-image model: a folder, a hub id or `pocket`.")
     revision: str | None = option(None, "Revision of that model on the hub.")
     variant: str | None = option(None, "Variant of that model's weights, such as fp16 (default: none).")
-    num_inference_steps: int = option(30, "Denoising steps.")
-    guidance_scale: float = option(3.0, "Classifier-free guidance; 1 is none.")
-    height: int | None = option(None, "Pixels (default: the model's).")
-    width: int | None = option(None, "Pixels (default: the model's).")
+    num_inference_steps: int = option(30, "Denoising steps.", within=STEPS)
+    guidance_scale: float = option(3.0, "Classifier-free guidance; 1 is none.", within=GUIDANCE)
+    height: int | None = option(None, "Pixels (default: the model's).", within="[8, 16384]")
+    width: int | None = option(None, "Pixels (default: the model's).", within="[8, 16384]")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of that model.")
-    batch_size: int = option(16, "Images generated at once.")
+    batch_size: int = option(16, "Images generated at once.", within="[1, 65536]")
 
     def __post_init__(self) -> None:
+        check_options(self)
         check_paths_exist(self, "model_name_or_path")
-        check_interval(self, "[1, inf)", "num_inference_steps", "batch_size")
         for name in ("height", "width"):
             if (value := getattr(self, name)) is not None and (value < 8 or value % 8):
                 raise InputError(f"--{name} is {value}; it is a multiple of 8")
@@ -122,16 +121,21 @@ def changed(base: Generator, words: Sequence[str], where: str) -> Generator:
 
     An unknown word, or a value that is no number, is an InputError that says `where`.
     """
-    given = {key: value for key, _, value in (word.partition("=") for word in words)}
-    if unknown := sorted(given.keys() - CHANGES.keys()):
-        raise InputError(f"{where}: unknown {unknown[0]!r}; known are {', '.join(CHANGES)}")
-    values = {}
-    for key, value in given.items():
-        try:
-            values[key] = CHANGES[key](value)
-        except ValueError as error:
-            raise InputError(f"{where}: {key} is {value!r}, not a number") from error
-    check_revision(base.model, given.get("revision"), where)
+    values: dict[str, Any] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in CHANGES:
+            raise InputError(f"{where}: unknown {key!r}; known are {', '.join(CHANGES)}")
+        if not value or key in values:
+            raise InputError(f"{where}: {key} needs one value, as {key}=...; it has {'2' if value else '0'}")
+        values[key] = value
+        if CHANGES[key] is not None:
+            try:
+                values[key] = int(value) if key == "steps" else float(value)
+            except ValueError as error:
+                raise InputError(f"{where}: {key} is {value!r}, not a number") from error
+            check_number(f"{where}: {key}", values[key], CHANGES[key])
+    check_revision(base.model, values.get("revision"), where)
     sampler = replace(
         base.sampler,
         num_inference_steps=values.get("steps", base.sampler.num_inference_steps),
@@ -152,8 +156,9 @@ def pipeline_folder(
 ) -> Path:
     """The local folder of a pipeline: the folder named, the pocket's, or the download of a hub id.
 
-    InputError if it has no weights of this variant.
+    InputError if it has no weights of this variant, or if one of its files is damaged.
     """
+    check_name(model_name_or_path, "the model's name")
     name = pocket.resolve(str(model_name_or_path), "text_to_image")
     if Path(name).is_dir():
         if not (Path(name) / MODEL_FILE).is_file():
@@ -179,16 +184,14 @@ def pipeline_folder(
 
 def _parts(folder: Path) -> list[Path]:
     """The folders of a pipeline's parts."""
-    try:
-        index = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{folder / MODEL_FILE} is no JSON: {error}; save the pipeline again") from error
-    return [folder / part for part in index if (folder / part).is_dir()]
+    return [folder / part for part in read_config(folder, MODEL_FILE) if (folder / part).is_dir()]
 
 
 def _check_variant(folder: Path, variant: str | None) -> None:
     """InputError if no part has weights of the variant, or a part has weights of other variants alone."""
     parts = [part for part in _parts(folder) if part.name != "safety_checker"]  # which is never loaded
+    for part in parts:
+        check_files(part)
     found = {part.name: {variant_of(file) for file in part.glob("*.safetensors")} for part in parts}
     known = sorted({name for names in found.values() for name in names if name})
     if variant is not None and variant not in known:

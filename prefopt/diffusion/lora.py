@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,36 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prefopt.adapters import POLICY, REFERENCE, adapter_layers, apply_options, lora_config
+from prefopt.adapter_files import check_base_unchanged, header_configs
+from prefopt.adapters import (
+    ANEW,
+    POLICY,
+    REFERENCE,
+    adapter_layers,
+    apply_options,
+    check_scalings,
+    lora_config,
+)
 from prefopt.config import LoraArguments
 from prefopt.diffusion.generator import adapter_file
 from prefopt.errors import InputError
 from prefopt.hub import ADAPTER_FILE
+from prefopt.loading import UNUSABLE, check_finite
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 LOADED = "sampled"  # the name under which a pipeline holds an adapter to sample with
 
-# One of these is in the name of each pair's first factor.
-_LORA_DOWN = ("lora_A.", "lora_down.", "lora.down.", "lora_linear_layer.down.")
+# One of these is in the name of each pair's first factor, and in the second's what stands beside it.
+_FACTORS = {
+    "lora_A.": "lora_B.",
+    "lora_down.": "lora_up.",
+    "lora.down.": "lora.up.",
+    "lora_linear_layer.down.": "lora_linear_layer.up.",
+}
 
 
 # Adapters to train
@@ -159,18 +174,21 @@ def load_weights(network: Any, component: str, folder: str | Path) -> None:
 def load_adapter(pipeline: Any, file: Path, name: str = LOADED) -> None:
     """Load a LoRA file; InputError unless every pair of its factors finds its layer."""
     model = pipeline.name_or_path
+    for config in header_configs(file, f"the adapter {file}").values():
+        check_base_unchanged(config, f"the adapter {file}")
+    tensors = load_file(file)
+    check_finite(tensors, f"the adapter {file}", ANEW)
+    expected = _count_pairs(tensors, file)
     # diffusers warns for each component that an adapter leaves alone, and prints what it then raises: what
     # matters is counted or raised below.
     log = logging.getLogger("diffusers.loaders")
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with safe_open(file, framework="pt") as tensors:
-            expected = sum(any(part in key for part in _LORA_DOWN) for key in tensors.keys())  # noqa: SIM118
         pipeline.load_lora_weights(
             str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True
         )
-    except (RuntimeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except UNUSABLE as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
         raise InputError(f"the adapter {file} does not fit the model {model}: {reason}") from error
     finally:
@@ -182,6 +200,22 @@ def load_adapter(pipeline: Any, file: Path, name: str = LOADED) -> None:
             f"the adapter {file} does not fit the model {model}: of its {expected} pairs of LoRA factors, "
             f"the model has layers for {found}"
         )
+    for module in modules:
+        check_scalings(module, name, file)
+
+
+def _count_pairs(names: Collection[str], file: Path) -> int:
+    """How many pairs of factors there are; InputError for a factor without its partner."""
+    count = 0
+    for first, second in _FACTORS.items():
+        partners = {key: key.replace(first, second) for key in names if first in key}
+        partners |= {key: key.replace(second, first) for key in names if second in key}
+        if alone := sorted(key for key, partner in partners.items() if partner not in names):
+            raise InputError(
+                f"the adapter {file} has {alone[0]} without its partner {partners[alone[0]]}. {ANEW}"
+            )
+        count += len(partners) // 2
+    return count
 
 
 def set_adapter_scale(pipeline: Any, scale: float) -> None:

@@ -20,7 +20,8 @@ from prefopt.diffusion.generator import Generator, Sampler, adapter_file, pipeli
 from prefopt.diffusion.lora import load_adapter, set_adapter_scale
 from prefopt.errors import InputError
 from prefopt.files import make_readable, reporting_write_errors
-from prefopt.loading import UNUSABLE, load_parts
+from prefopt.loading import UNUSABLE, load_parts, not_loaded
+from prefopt.model_files import MODEL_FILE, read_config
 
 
 def load_pipeline(
@@ -36,7 +37,7 @@ def load_pipeline(
     Raises InputError for a model that is missing or damaged.
     """
     folder = pipeline_folder(model_name_or_path, revision=revision, variant=variant)
-    index: Any = DiffusionPipeline.load_config(folder)
+    index = read_config(folder, MODEL_FILE)
     parts = load_parts(index, folder, dtype, variant)
     if "safety_checker" in index:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
@@ -46,9 +47,7 @@ def load_pipeline(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
         )
     except UNUSABLE as error:
-        raise InputError(
-            f"{model_name_or_path} cannot be read as a pipeline of safetensors: {error}"
-        ) from error
+        raise not_loaded("pipeline", model_name_or_path, error) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -105,11 +104,23 @@ def sample_arrays(
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputError(f"prompt {i} is {type(prompt).__name__}, not text: {prompt!r}")
+    _check_steps(pipeline.scheduler, sampler.num_inference_steps)
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[batch]]
         given = {"prompt": list(prompts[batch]), "generator": generators, **asdict(sampler)}
         yield from pipeline(**given, output_type="np").images
+
+
+def _check_steps(scheduler: Any, steps: int) -> None:
+    """InputError for more denoising steps than the scheduler has timesteps."""
+    settings = scheduler.config
+    known = ("num_train_timesteps", "original_inference_steps")  # the second is that of LCM
+    limit = min((settings[name] for name in known if settings.get(name)), default=steps)
+    if steps > limit:
+        raise InputError(
+            f"--num_inference_steps is {steps}; this model's {type(scheduler).__name__} takes {limit} at most"
+        )
 
 
 def to_image(array: np.ndarray) -> Image.Image:

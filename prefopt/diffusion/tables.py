@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import datasets
@@ -18,6 +19,7 @@ from pyarrow import ArrowException
 from prefopt.diffusion.formats import FORMATS, KNOWN, Format, Order, cells_of, find_format
 from prefopt.errors import InputError
 from prefopt.files import content_key
+from prefopt.record_files import check_paths
 from prefopt.records import Source, image_bytes, in_test, load
 
 # `prompt` under the names that other collections give it.
@@ -125,8 +127,8 @@ def read_sft(
         return _checked(found, Format((column,), (column,), lambda row, where: alone))
     if not any(names.issuperset(form.columns) for form in FORMATS):
         raise InputError(
-            f"{found.name}: no column 'image'; its columns are {found.rows.column_names}, and it needs a "
-            f"prompt with an image, or one of: {KNOWN}"
+            f"{found.name}: no column 'image'; its columns are {found.rows.column_names!s:.500}, and it "
+            f"needs a prompt with an image, or one of: {KNOWN}"
         )
     table = _preferences(found)
 
@@ -151,7 +153,7 @@ def _checked(found: Source, form: Format) -> Table:
     prompt = next((name for name in PROMPT_NAMES if name in rows.column_names), None)
     if prompt is None:
         raise InputError(
-            f"{source}: no column 'prompt'; its columns are {rows.column_names}, and "
+            f"{source}: no column 'prompt'; its columns are {rows.column_names!s:.500}, and "
             f"{['prompt', *form.columns]} are needed"
         )
     for name in form.images:
@@ -160,7 +162,7 @@ def _checked(found: Source, form: Format) -> Table:
     def check(row: dict, index: int, files: str) -> dict:  # `files` is for datasets' cache key
         where = f"{source}: row {index}"
         if not isinstance(row[prompt], str):
-            raise InputError(f"{where} has the prompt {row[prompt]!r}; a prompt is text")
+            raise InputError(f"{where} has the prompt {shortened(row[prompt])}; a prompt is text")
         order, cells = form.order(row, where), cells_of(row, form.images)
         contents = [image_bytes(cells[name], f"{where}, column {name}", *folders) for name in order.columns]
         checked = {
@@ -221,8 +223,8 @@ def _examples(facts: Dataset, source: str) -> Iterator[dict]:
         group = groups.setdefault(key, fact)
         if group["prompt"] != fact["prompt"]:
             raise InputError(
-                f"{source}: rows {group['rows'][0]} and {fact['rows'][0]} have the prompt_id {key}, but the "
-                f"prompts {group['prompt']!r} and {fact['prompt']!r}"
+                f"{source}: rows {group['rows'][0]} and {fact['rows'][0]} have the prompt_id {key:.100}, but "
+                f"the prompts {shortened(group['prompt'])} and {shortened(fact['prompt'])}"
             )
         if group is not fact:
             for name in ("rows", "columns", "sha256", "ranks"):
@@ -234,11 +236,14 @@ def _examples(facts: Dataset, source: str) -> Iterator[dict]:
 
 def _as_images(rows: Dataset, name: str, source: str, *, lists: bool) -> Dataset:
     kind: Any = rows.features[name]
+    if isinstance(kind, datasets.Json):  # values of several types
+        for row, value in enumerate(rows[name]):
+            check_paths(value, f"{source}: row {row}, column {name}")
     listed = _is_list(kind)
     if listed != lists:
         wanted = "lists of images" if lists else "images"
         raise InputError(f"{source}: the column {name!r} holds no {wanted} ({kind})")
-    kind = kind.feature if listed else kind
+    kind = kind.feature if isinstance(kind, datasets.List | datasets.LargeList) else kind
     if isinstance(kind, datasets.Image) or (isinstance(kind, datasets.Value) and kind.dtype == "string"):
         return rows
     image: Any = datasets.Image(decode=False)

@@ -17,9 +17,9 @@ from prefopt.evaluation.asked import Asked, Questions
 from prefopt.evaluation.scoring import quiet
 from prefopt.evaluation.systems import VlmSystem
 from prefopt.files import content_key
+from prefopt.ledger import Ledger
 from prefopt.loading import files_identity, load_part, own_memory
 from prefopt.progress import progress_bar
-from prefopt.store import Ledger
 from prefopt.vlm.batches import Collator
 from prefopt.vlm.examples import VisionExample, read_vision_examples
 from prefopt.vlm.generate import Request, generate

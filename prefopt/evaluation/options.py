@@ -11,7 +11,7 @@ from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.judges.critic_cases import CRITICS, Templates
 from prefopt.judges.rubric import Rubric
-from prefopt.options import check_interval, check_paths_exist, option
+from prefopt.options import check_options, check_paths_exist, option
 
 RUBRIC = "whole_prompt"  # one of ours: does the image show its prompt?
 
@@ -35,11 +35,11 @@ class CriticOptions:
         "Read the grade from the critic's probabilities of five levels, not from a text that it writes.",
     )
     critic_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the critic.")
-    critic_batch_size: int = option(4, "Outputs that the critic grades at once.")
-    critic_max_new_tokens: int = option(512, "Longest text of the critic, in tokens.")
+    critic_batch_size: int = option(4, "Outputs that the critic grades at once.", within="[1, 65536]")
+    critic_max_new_tokens: int = option(512, "Longest text of the critic, in tokens.", within="[1, 1e6]")
 
     def __post_init__(self) -> None:
-        check_interval(self, "[1, inf)", "critic_batch_size", "critic_max_new_tokens")
+        check_options(self)
         if self.critic is None:
             if self.critic_url or self.critic_templates or self.critic_typed:
                 raise InputError("--critic_url, --critic_templates, --critic_typed: name the --critic, too")

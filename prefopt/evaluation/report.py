@@ -25,6 +25,7 @@ from prefopt.evaluation.summary import deciding_metric, gaps_to_first, headlines
 from prefopt.evaluation.training_runs import TrainingRun, settings_table, training_runs
 from prefopt.evaluation.votes import system_identity
 from prefopt.files import content_key, reporting_write_errors, write_atomically
+from prefopt.images import read_saved
 from prefopt.runs import VALIDATION_STRIPS
 
 _LONGEST_SIDE = 320  # pixels of an embedded image
@@ -223,8 +224,7 @@ def _strips(runs: Sequence[TrainingRun]) -> dict[str, str]:
 
 
 def _embedded_file(path: Path) -> dict:
-    with Image.open(path) as image:
-        return embedded(image, path.read_bytes())
+    return embedded(read_saved(path), path.read_bytes())
 
 
 def embedded(image: Image.Image, encoded: bytes | None = None) -> dict:

@@ -13,8 +13,8 @@ from accelerate import PartialState
 from prefopt.errors import InputError
 from prefopt.evaluation.scorers import Scorer
 from prefopt.files import content_key, reporting_write_errors, write_atomically
+from prefopt.ledger import Ledger
 from prefopt.progress import progress_bar
-from prefopt.store import Ledger
 
 Scores = dict[str, float | bool | None]  # a scorer's scores of one output, by part
 

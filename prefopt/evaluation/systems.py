@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefopt.diffusion.generator import CHANGES, MODEL_FILE, Generator, adapter_file, changed
+from prefopt.diffusion.generator import CHANGES, Generator, adapter_file, changed
 from prefopt.errors import InputError
 from prefopt.hub import ADAPTER_FILE
+from prefopt.model_files import MODEL_FILE
 from prefopt.options import is_local_path
 
 ADAPTER_CONFIG = "adapter_config.json"  # of peft's format

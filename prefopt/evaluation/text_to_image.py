@@ -24,10 +24,10 @@ from prefopt.evaluation.scoring import Scores, kept_scores, processes, quiet, wr
 from prefopt.evaluation.summary import summarise
 from prefopt.evaluation.systems import check_each_once
 from prefopt.evaluation.votes import Ballot, check_votes, system_identity
-from prefopt.files import content_key, reporting_write_errors
-from prefopt.images import save_image
+from prefopt.files import content_key, remove_partials, reporting_write_errors
+from prefopt.images import read_saved, save_image
+from prefopt.ledger import Ledger
 from prefopt.progress import progress_bar
-from prefopt.store import Ledger
 
 SEEDS_APART = 1000  # from a prompt's seeds to the next prompt's
 
@@ -84,6 +84,8 @@ def compare(
         _generate(own, folder, torch.device(device or state.device or "cpu"), batch_size)
         scored = _score(own, folder, scorers)
     scores: dict[str, dict[str, Scores]] = dict(gather_object(list(scored.items())))
+    if state.is_main_process:  # all images are there
+        remove_partials(folder / "images")
     first = next(iter(scores.values()))
     metrics = {m: told for s in scorers for m, told in s.describe(list(first[s.name])).items()}
     rows = [
@@ -139,12 +141,17 @@ def _check(
 
 
 def _generate(jobs: Mapping[str, _Job], folder: Path, device: torch.device, batch_size: int) -> None:
-    """Generate the images that are not there yet, one system after the other."""
+    """Generate the images that are not there yet, one system after the other.
+
+    An image's last bits depend on its batch, so a batch that lacks any image is generated again as a whole.
+    """
     missing = {key: job for key, job in jobs.items() if not _image_path(folder, key).exists()}
     pipeline, loaded = None, None
     progress = progress_bar(total=len(missing), desc="images", unit="image", disable=not missing or quiet())
     for generator in dict.fromkeys(job.generator for job in missing.values()):
-        keys = [key for key, job in missing.items() if job.generator == generator]
+        every = [key for key, job in jobs.items() if job.generator == generator]
+        batches = [every[start : start + batch_size] for start in range(0, len(every), batch_size)]
+        keys = [key for batch in batches if not missing.keys().isdisjoint(batch) for key in batch]
         adapter = generator.adapter if generator.adapter_scale != 0 else None
         # Another scale or guidance needs no other weights.
         needed = replace(generator, adapter=adapter, adapter_scale=1.0, sampler=Sampler())
@@ -155,14 +162,15 @@ def _generate(jobs: Mapping[str, _Job], folder: Path, device: torch.device, batc
             set_adapter_scale(pipeline, generator.adapter_scale)
         images = sample(
             pipeline,
-            [missing[key].prompt for key in keys],
-            [missing[key].seed for key in keys],
+            [jobs[key].prompt for key in keys],
+            [jobs[key].seed for key in keys],
             generator.sampler,
             batch_size=batch_size,
         )
         for key, image in zip(keys, images, strict=True):
-            save_image(image, _image_path(folder, key))
-            progress.update()
+            if key in missing:
+                save_image(image, _image_path(folder, key))
+                progress.update()
     progress.close()
 
 
@@ -175,7 +183,7 @@ def _score(jobs: Mapping[str, _Job], folder: Path, scorers: Sequence[Scorer]) ->
     ledger = Ledger(folder, "scores", processes().process_index)
 
     def images_and_prompts(keys: Sequence[str]) -> tuple[list[Image.Image], list[str]]:
-        images = [Image.open(_image_path(folder, key)).convert("RGB") for key in keys]
+        images = [read_saved(_image_path(folder, key)) for key in keys]
         return images, [jobs[key].prompt for key in keys]
 
     found = {scorer.name: kept_scores(scorer, list(jobs), images_and_prompts, ledger) for scorer in scorers}

@@ -91,7 +91,8 @@ def _config(run: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}; restore it, or delete it") from error
-    is_run = isinstance(config, dict) and isinstance(config.get("options"), dict)
-    return config if is_run else {}
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no options by their names; restore it, or delete it")
+    return config if isinstance(config.get("options"), dict) else {}

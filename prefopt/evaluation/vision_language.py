@@ -26,7 +26,7 @@ from prefopt.evaluation.scoring import Scores, kept_scores, processes, write_res
 from prefopt.evaluation.systems import VlmSystem, check_each_once
 from prefopt.files import content_key
 from prefopt.judges.critic_cases import PairCase, ScoreCase
-from prefopt.store import Ledger
+from prefopt.ledger import Ledger
 
 
 class _Output(NamedTuple):

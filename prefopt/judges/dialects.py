@@ -11,7 +11,7 @@ In the last two the words are those of the first, so that all read the same prom
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, isfinite
+from math import exp
 from string import ascii_uppercase
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ Api = Literal["systemone", "decisions", "logprobs", "text"]
 
 # What float32 can tell from 1: a larger certainty than this is rounding, or a text, which has none.
 CERTAIN = 1e-7
+LARGEST = 1e6  # of a probability, or of a weight that stands for one
 TOP = 20  # log-probabilities asked for: as many as OpenAI and vLLM give
 WRITTEN = 64  # tokens that a text may take: an answer and a few words before it
 AROUND = " \t\r\n\u2581\u0120\u010a.,:;!*_-\"'`()[]"  # around a label inside a token or a clause
@@ -154,7 +155,10 @@ def _decisions_read(questions: tuple[Question, ...], body: Mapping[str, Any]) ->
             answers.append(_predicate(question, _field(answer, "probability")))
             continue
         name = "value" if kind == "choice" else "label"
-        values = {_field(p, name): _field(p, "probability") for p in _field(answer, "probabilities")}
+        listed = _field(answer, "probabilities")
+        if not isinstance(listed, list):
+            raise Unfit(f"the probabilities of {question.name} are no list, but {listed}")
+        values = {str(_field(p, name)): _field(p, "probability") for p in listed}
         answers.append(_shares(question, {option: _field(values, option) for option in question.options}))
     return answers
 
@@ -177,7 +181,7 @@ def _logprobs_read(questions: tuple[Question, ...], body: Mapping[str, Any]) -> 
     try:
         first = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         listed = [(str(token["token"]), float(token["logprob"])) for token in first]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise Unfit(f"it sends no log-probabilities, but {dict(body)}") from error
     if not listed or not all(logprob <= 1e-3 for _, logprob in listed):  # a NaN is no more than anything
         raise Unfit(f"its log-probabilities are {listed}")
@@ -215,7 +219,7 @@ def _shares(question: Question, values: Mapping[str, Any]) -> Answer:
     """Numbers of at least 0 by option, as probabilities that are never quite 0 or 1."""
     for value in values.values():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not isfinite(value) or value < 0:
+        if not number or not 0 <= value <= LARGEST:
             raise Unfit(f"the probabilities of {question.name} are {dict(values)}")
     whole = sum(values.values())
     if not whole:

@@ -1,7 +1,8 @@
 """What a critic has written, read strictly: a score, or which of two answers it prefers.
 
-A text is read from its end, where the verdict follows its reasons. What is not clear is None: a range, a
-number outside of the scale, a negated verdict, two verdicts in one sentence. None is no score and no win.
+A text is read from its end, where the verdict follows its reasons; what stands before its last 8,000
+characters does not count. What is not clear is None: a range, a number outside of the scale, a negated
+verdict, two verdicts in one sentence. None is no score and no win.
 """
 
 import re
@@ -9,6 +10,8 @@ import unicodedata
 from typing import Literal
 
 Verdict = Literal["first", "second", "tie"]
+
+READ = 8000  # characters at the end of a text
 
 # Scores: a number, what it is out of, and what stands before it
 
@@ -40,7 +43,7 @@ def read_score(text: str, low: float = 0, high: float = 100) -> float | None:
     is the last `85/100` or `85 out of 100`, or a number at the very end of the text, if it stands alone in
     its sentence or is given to the answer. A number out of another total than `high` is not clear.
     """
-    plain = _without_scale(_plain(text).lower(), low, high)
+    plain = _without_scale(_plain(text[-READ:]).lower(), low, high)
     labelled = [m for m in LABELLED.finditer(plain) if not OF_THE_SCALE.search(plain[: m.start()])]
     found = labelled[-1] if labelled else _unlabelled(plain)
     return _value(plain, found, low, high) if found else None
@@ -144,7 +147,7 @@ def read_preference(text: str) -> Verdict | None:
     Marks such as `[[B]]` come first; then the last sentence with a verdict counts: that an answer is better
     (best, preferred, worse ...), chosen, or named alone at the end, or that both are equally good.
     """
-    plain = _plain(text)
+    plain = _plain(text[-READ:])
     if marks := MARKED.findall(plain.lower()):
         return MARKS[marks[-1]]
     for place, sentence in enumerate(reversed(_sentences(plain))):

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from scipy.special import expit
-from transformers import PreTrainedConfig
 
 from prefopt.diffusion.discriminator import MODEL_TYPE as DISCRIMINATOR
 from prefopt.errors import InputError
@@ -22,7 +21,7 @@ from prefopt.judges.discriminator import DiscriminatorScorer
 from prefopt.judges.image_reward import CONVERTER, MODEL_TYPE, ImageRewardScorer
 from prefopt.judges.questions import NO, YES, Answer, Case, Question
 from prefopt.judges.rubric import Rubric
-from prefopt.loading import files_identity, own_memory
+from prefopt.loading import files_identity, model_config, own_memory
 
 RUBRIC = "reward"
 
@@ -50,11 +49,7 @@ def reward_type(name_or_path: str, revision: str | None = None) -> str | None:
         raise InputError(f"{name_or_path} is a pickle, which can run any code: convert it with {CONVERTER}")
     if name_or_path == "pocket":  # as a judge, the pocket's VLM
         return None
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision or "main")
-    except (OSError, ValueError):  # what loads it can say what it should have been
-        return None
-    kind = config.get("model_type")
+    kind = model_config(name_or_path, revision).get("model_type")
     return kind if kind in REWARD_MODELS else None
 
 

@@ -8,6 +8,7 @@ gains nothing by it. A question with `soft: log_odds` counts d itself: of a rewa
 images is what it has to say, and tanh is flat where its rewards lie (judges/reward.py).
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,12 +21,15 @@ import yaml
 
 from prefopt.errors import InputError
 from prefopt.judges.questions import NO, YES, Answer, Question
+from prefopt.options import check_number, shown
+from prefopt.yaml_files import read_yaml
 
 RUBRICS = Path(__file__).with_name("rubrics")
 Polarity = Literal["positive", "negative"]
 Check = Literal["presence", "count", "colour"]  # a detector's, data_builders/images/detector_checks.py
 Soft = Literal["tanh", "log_odds"]  # what is made of d
 PLACEHOLDERS = ("{class}", "{prompt}")  # what a text's braces may hold
+LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -72,22 +76,20 @@ class Rubric:
         try:
             order = tuple(TopologicalSorter({i.name: i.needs for i in self.items}).static_order())
         except CycleError as error:
-            circle = " -> ".join(error.args[1])
+            circle = " -> ".join(error.args[1][:5])
             raise InputError(f"the rubric {self.name}: needs go in a circle, {circle}; cut it") from error
         object.__setattr__(self, "order", tuple(by_name[name] for name in order))
 
     @classmethod
     def load(cls, name_or_path: str) -> Self:
         """The rubric of a YAML file, or one of ours by its name: `class_conditional`."""
-        path = RUBRICS / f"{name_or_path}.yaml" if "/" not in name_or_path else Path(name_or_path)
-        path = path if path.is_file() else Path(name_or_path)
-        try:
-            entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            own = ", ".join(sorted(file.stem for file in RUBRICS.glob("*.yaml")))
+        own = {file.stem: file for file in sorted(RUBRICS.glob("*.yaml"))}
+        path = own.get(name_or_path, Path(name_or_path))
+        if not os.path.isfile(path):
             raise InputError(
-                f"no rubric could be read from {name_or_path}: {error}. Name a YAML file, or one of {own}"
-            ) from error
+                f"there is no rubric {shown(name_or_path)}; name a YAML file, or one of {', '.join(own)}"
+            )
+        entries = read_yaml(path)
         if not isinstance(entries, list):
             raise InputError(f"the rubric {path} is no list of questions, each with name, text and polarity")
         return cls(
@@ -110,13 +112,16 @@ class Rubric:
         parts = [text.partition("=") for text in weights]
         given = {name: weight for name, _, weight in parts}
         if len(given) < len(weights) or not all("=" in text for text in weights):
-            raise InputError(f"question weights {' '.join(weights)}: write name=weight, each name once")
+            raise InputError(f"--question_weights {' '.join(weights)}: write name=weight, each name once")
         names = [item.name for item in self.items]
         if unknown := [name for name in given if name not in names]:
             raise InputError(
-                f"{unknown[0]!r} is no question of the rubric {self.name}: they are {', '.join(names)}"
+                f"--question_weights: {unknown[0]!r} is no question of the rubric {self.name}: they are "
+                + ", ".join(names)
             )
-        weighed = {name: _weight(_number(text), f"{name}={text}") for name, text in given.items()}
+        weighed = {
+            name: _weight(_number(text), f"--question_weights {name}={text}") for name, text in given.items()
+        }
         items = (replace(item, weight=weighed.get(item.name, item.weight)) for item in self.items)
         return type(self)(self.name, tuple(items))
 
@@ -188,12 +193,14 @@ def best(scores: Sequence[float]) -> list[int]:
 def _item(entry: Any, where: str) -> Item:
     known = ("name", "text", "check", "polarity", "weight", "needs", "soft")
     if not isinstance(entry, dict):
-        raise InputError(f"{where} is {entry!r}, not a mapping with name, text and polarity")
+        raise InputError(f"{where} is {shown(entry)}, not a mapping with name, text and polarity")
     if unknown := sorted(set(map(str, entry)) - set(known)):
-        raise InputError(f"{where} has the unknown entry {unknown[0]!r}; known are {', '.join(known)}")
+        raise InputError(f"{where} has the unknown entry {shown(unknown[0])}; known are {', '.join(known)}")
     name, text, check = entry.get("name"), entry.get("text", ""), entry.get("check")
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{where} has no name")
+    if not isinstance(name, str) or not name.strip() or len(name) > LONGEST_NAME:
+        raise InputError(
+            f"{where}: the name is {shown(name)}; it is a text of 1 to {LONGEST_NAME} characters"
+        )
     if not isinstance(text, str) or bool(text) == bool(check):
         raise InputError(f"{where} ({name}) needs a text for a judge or a check for a detector, one of them")
     if strange := [part for part in re.findall(r"\{[^{}]*\}", text) if part not in PLACEHOLDERS]:
@@ -202,21 +209,22 @@ def _item(entry: Any, where: str) -> Item:
             f"{' or '.join(PLACEHOLDERS)}, or no braces"
         )
     if check is not None and check not in get_args(Check):
-        raise InputError(f"{where} ({name}): the check is {check!r}; it is {', '.join(get_args(Check))}")
+        raise InputError(f"{where} ({name}): the check is {shown(check)}; it is {', '.join(get_args(Check))}")
     if entry.get("polarity") not in get_args(Polarity):
-        raise InputError(f"{where} ({name}): polarity is {entry.get('polarity')!r}; positive or negative")
+        raise InputError(
+            f"{where} ({name}): polarity is {shown(entry.get('polarity'))}; positive or negative"
+        )
     weight, needs = _weight(entry.get("weight", 1.0), f"{where} ({name})"), entry.get("needs", [])
     if not isinstance(needs, list) or not all(isinstance(need, str) for need in needs):
-        raise InputError(f"{where} ({name}): needs is {needs!r}; it is a list of names")
+        raise InputError(f"{where} ({name}): needs is {shown(needs)}; it is a list of names")
     soft = entry.get("soft", "tanh")
     if soft not in get_args(Soft) or (check and soft != "tanh"):
-        raise InputError(f"{where} ({name}): soft is {soft!r}; it is tanh, or for a text also log_odds")
+        raise InputError(f"{where} ({name}): soft is {shown(soft)}; it is tanh, or for a text also log_odds")
     return Item(name, entry["polarity"], text, check, weight, tuple(needs), soft)
 
 
 def _weight(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-        raise InputError(f"{where}: the weight is {value!r}; it is a number above 0")
+    check_number(f"{where}: the weight", value, "(0, 1e6]")
     return float(value)
 
 

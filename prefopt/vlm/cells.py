@@ -35,7 +35,7 @@ def image_column(rows: datasets.Dataset, source: str) -> str:
             f"{source}: the column 'images' holds no lists; name a column of single images 'image'"
         )
     kind = kind.value_type if listed else kind
-    if not any(test(kind) for test in (_is_struct, _is_path, _is_bytes, pyarrow.types.is_null)):
+    if not any(test(kind) for test in (_is_image, _is_path, _is_bytes, pyarrow.types.is_null)):
         raise InputError(f"{source}: the column {column!r} holds no images but {kind}")
     return column
 
@@ -53,7 +53,7 @@ def image_places(cells: pyarrow.ChunkedArray) -> list[list[str | bool]]:
     else:
         lengths = found.is_valid().to_pylist()
         found = found.drop_null()
-    if _is_struct(found.type):
+    if _is_image(found.type):
         content, path = (
             call("struct_field", [found], pyarrow.compute.StructFieldOptions([name]))
             for name in ("bytes", "path")
@@ -96,8 +96,13 @@ def _holds_images(feature: Any) -> bool:
     return isinstance(feature, datasets.Image)
 
 
-def _is_struct(kind: Any) -> bool:
-    return isinstance(kind, pyarrow.StructType) and {"bytes", "path"} <= {field.name for field in kind}
+def _is_image(kind: Any) -> bool:
+    fields = {field.name: field.type for field in kind} if isinstance(kind, pyarrow.StructType) else {}
+    none = pyarrow.types.is_null
+    return fields.keys() == {"bytes", "path"} and (
+        (_is_bytes(fields["bytes"]) or none(fields["bytes"]))
+        and (_is_path(fields["path"]) or none(fields["path"]))
+    )
 
 
 def _is_path(kind: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from prefopt.config import RecipeConfig
 from prefopt.errors import InputError
-from prefopt.options import check_interval, option
+from prefopt.options import option
 
 
 @dataclass
@@ -27,21 +27,28 @@ class VlmConfig(RecipeConfig):
         ".parquet) or a hub id.",
     )
     max_length: int | None = option(
-        None, "Most tokens of prompt, images and completion: longer ones are cut (default: no limit)."
+        None,
+        "Most tokens of prompt, images and completion: longer ones are cut (default: no limit).",
+        within="[1, 1e9]",
     )
     shared_prefix: bool = option(
         True,
         "Read an image and a prompt once for all answers that follow them; --no_shared_prefix repeats them.",
     )
     row_tokens: int | None = option(
-        None, "Put several examples into a row of up to N tokens (default: no longer than the longest one)."
+        None,
+        "Put several examples into a row of up to N tokens (default: no longer than the longest one).",
+        within="[1, 1e9]",
     )
     test_size: float | None = option(
         None,
         "Hold out this share of the examples, or from 1 this number, by image: they are not trained on, and "
         "--eval_strategy steps measures them.",
+        within="(0, 1e9]",
     )
-    split_seed: int = option(0, "Seed that decides which images --test_size holds out.")
+    split_seed: int = option(
+        0, "Seed that decides which images --test_size holds out.", within="[0, 4294967295]"
+    )
     group_by_image: bool = option(
         False,
         "Read the examples of an image one after another, so that a batch reads it once for all of them.",
@@ -72,9 +79,6 @@ class VlmConfig(RecipeConfig):
         self._check_4bit()
         if self.use_peft and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every adapter is used in every forward
-        check_interval(self, "[1, inf)", "max_length")
-        check_interval(self, "[1, inf)", "row_tokens")
-        check_interval(self, "(0, inf)", "test_size")
         if self.test_size is not None and self.dataset_test_split is not None:
             raise InputError("--test_size and --dataset_test_split: leave one of them out")
         if self.vision_features == "cache" and self.dataset_test_split is not None:

@@ -12,8 +12,9 @@ from accelerate import PartialState
 from prefopt.averaging import Average, average_adapters
 from prefopt.config import LATEST, LoraArguments
 from prefopt.errors import InputError
-from prefopt.files import write_atomically
+from prefopt.files import read_object, write_atomically
 from prefopt.objectives import supervised
+from prefopt.options import check_number, range_of
 from prefopt.vlm.config import VlmConfig
 from prefopt.vlm.training import load, read_examples, read_held_out, save, to_train, trainer_of
 
@@ -36,6 +37,7 @@ def parse_members(texts: Sequence[str], output_dir: Path) -> list[Member]:
     Their folders are `member-1` and so on, below `output_dir`.
     """
     kinds = {"use_rslora": _truth, "lora_r": int, "lora_alpha": int, "seed": int}
+    ranges = {field.name: range_of(field) for field in fields(VlmConfig)}
     members = []
     for number, text in enumerate(texts, start=1):
         options = {}
@@ -50,6 +52,8 @@ def parse_members(texts: Sequence[str], output_dir: Path) -> list[Member]:
                 options[name] = kinds.get(name, float)(value)
             except ValueError as error:
                 raise InputError(f"--members: {part!r} in {text!r} has no such value: {error}") from error
+            if name != "use_rslora":
+                check_number(f"--members {text!r}: {name}", options[name], ranges[name])
         members.append(Member(output_dir / f"member-{number}", options))
     if len(members) < 2:
         raise InputError("--members: an ensemble has two or more, each a text such as 'lora_alpha=16'")
@@ -119,7 +123,8 @@ def _is_done(config: VlmConfig, member: Member) -> bool:
     path = member.folder / DONE
     if not path.exists():
         return False
-    trained, wanted = json.loads(path.read_text()), _facts(_options_of(config, member))
+    trained = read_object(path, f"Delete the folder {member.folder}, and run the same command again")
+    wanted = _facts(_options_of(config, member))
     for name, value in wanted.items():
         if trained.get(name) != value:
             raise InputError(

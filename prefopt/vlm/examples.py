@@ -18,7 +18,7 @@ from PIL import Image
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import content_key
-from prefopt.records import check_p_chosen, load, read_split, refuse_options
+from prefopt.records import check_p_chosen, image_file, load, read_split, refuse_options
 from prefopt.visits import VisitDataset
 from prefopt.vlm.cells import encoded_images, image_column, image_places, open_picture
 from prefopt.vlm.formats import UNREAD, Kind, find_format
@@ -191,8 +191,10 @@ class VisionExamples(VisitDataset):
         for place in images:
             if not place:
                 raise InputError(f"{self.where(item)}, {self.column} has a cell without an image")
-            if isinstance(place, str) and self.folder and not Path(self.folder, place).is_file():
-                raise InputError(f"{self.where(item)}, {self.column} points to {place}, which is not there")
+            if isinstance(place, str):
+                image_file(
+                    place, f"{self.where(item)}, {self.column}", *([self.folder] if self.folder else [])
+                )
 
 
 def read_vision_examples(

@@ -74,7 +74,7 @@ def find_format(columns: Sequence[str], kind: Kind, source: str) -> Format:
         others = "; ".join(", ".join(one.columns) for one in known if one is not nearest)
         raise InputError(
             f"{source}: no column {' and no column '.join(map(repr, lacking))}; its columns are "
-            f"{list(columns)}, and {['images', *nearest.columns]} are needed (or, instead of "
+            f"{list(columns)!s:.500}, and {['images', *nearest.columns]} are needed (or, instead of "
             f"{', '.join(nearest.columns)}: {others})"
         )
     return nearest

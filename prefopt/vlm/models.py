@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,10 +26,23 @@ from transformers import (
     ProcessorMixin,
 )
 
-from prefopt.adapters import ADAPTER_FILE, POLICY, REFERENCE, adapter_folder, lora_config
+from prefopt.adapter_files import check_base_unchanged
+from prefopt.adapters import (
+    ADAPTER_FILE,
+    ANEW,
+    CONFIG_FILE,
+    POLICY,
+    REFERENCE,
+    adapter_folder,
+    check_scalings,
+    difference_of_adapter,
+    lora_config,
+)
 from prefopt.config import LoraArguments
 from prefopt.errors import InputError
-from prefopt.loading import UNUSABLE, first_line, load_complete, load_part, not_loaded
+from prefopt.files import read_object
+from prefopt.loading import UNUSABLE, check_finite, first_line, load_complete, load_part, not_loaded
+from prefopt.options import check_name
 
 VLM = "vision-language model"
 
@@ -170,12 +183,18 @@ def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
     unfit = f"the adapter {adapter} does not fit the {type(model).__name__} {model.name_or_path}"
     try:
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    except (*UNUSABLE, TypeError) as error:
-        raise InputError(f"{unfit}: its adapter_config.json cannot be read ({first_line(error)})") from error
+    except UNUSABLE as error:
+        raise InputError(f"{unfit}: its {CONFIG_FILE} cannot be read ({first_line(error)})") from error
+    if not isinstance(base, str | None):
+        raise InputError(f"{unfit}: base_model_name_or_path in its {CONFIG_FILE} is {base}, no name")
+    if base:
+        check_name(base, f"{unfit}: base_model_name_or_path in its {CONFIG_FILE}")
+    check_base_unchanged(read_object(Path(folder, CONFIG_FILE), ANEW), f"the adapter {adapter}")
+    check_finite(load_file(Path(folder, ADAPTER_FILE)), f"the adapter {adapter}", ANEW)
     if base and model.name_or_path and not _can_be_same(base, model.name_or_path):
         raise InputError(
             f"{unfit}: it was trained on {base}. Name that model; or, if it is the same one under another "
-            f"name, change base_model_name_or_path in {folder}/adapter_config.json"
+            f"name, change base_model_name_or_path in {folder}/{CONFIG_FILE}"
         )
     try:
         with warnings.catch_warnings():
@@ -184,8 +203,9 @@ def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
         policy.load_adapter(folder, REFERENCE)
     except UNUSABLE as error:
         raise InputError(f"{unfit}: {_reason(error)}") from error
-    if difference := _difference(policy, Path(folder, ADAPTER_FILE)):
+    if difference := difference_of_adapter(policy, Path(folder, ADAPTER_FILE)):
         raise InputError(f"{unfit}: {difference}")
+    check_scalings(policy, POLICY, adapter)
     if outside := _adapted_outside(policy.get_base_model()):
         raise InputError(
             f"the adapter {adapter} has {len(outside)} layers outside of the language model, {outside[0]} "
@@ -202,24 +222,8 @@ def check_saved_adapter(
     `state` are the gathered weights of a model that its processes share.
     """
     file = Path(folder, ADAPTER_FILE)
-    if difference := _difference(model, file, state):
+    if difference := difference_of_adapter(model, file, state):
         raise RuntimeError(f"{file} is not the adapter that was trained: {difference}")
-
-
-def _difference(model: PeftModel, file: Path, weights: Mapping[str, Tensor] | None = None) -> str:
-    """What tells the policy's adapter from a file, or nothing."""
-    written = load_file(file)
-    gathered: Any = None if weights is None else dict(weights)
-    state = get_peft_model_state_dict(model, gathered, adapter_name=POLICY, save_embedding_layers=False)
-    if not written:
-        return "the file holds no tensors"
-    if missing := sorted(set(state) ^ set(written)):
-        where = "file" if missing[0] in state else "model"
-        return f"{len(missing)} names are on one side only; {missing[0]} is missing in the {where}"
-    changed = [
-        name for name, value in state.items() if not torch.equal(value.cpu(), written[name].to(value.dtype))
-    ]
-    return f"{len(changed)} tensors differ, {changed[0]} among them" if changed else ""
 
 
 def _can_be_same(one: str, other: str) -> bool:

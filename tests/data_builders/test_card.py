@@ -151,7 +151,7 @@ def test_an_upload_takes_the_tables_and_leaves_what_computing_left(
     uploaded = ["BUILD.json", "README.md", "gallery.html", "imagefolder/train/000000.webp"]
     uploaded += ["imagefolder/train/metadata.jsonl", "pairs/test-00000.parquet", "pairs/train-00000.parquet"]
     left = [".lock", ".pairs/train-00000.parquet", ".README.md.0a", "cache/vae/0.safetensors"]
-    left += ["work/answers-0.jsonl", "work/images-0/00000.parquet", "pairs/.train-00000.parquet.1"]
+    left += ["work/answers-0.sqlite", "work/images-0/00000.parquet", "pairs/.train-00000.parquet.1"]
     for name in (*uploaded, *left):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")

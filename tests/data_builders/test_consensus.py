@@ -461,7 +461,7 @@ def test_two_processes_share_the_work_and_a_vlm_with_a_rubric_takes_part(tmp_pat
     torchrun("data_builders/consensus_pairs.py", {**options, "output_dir": str(tmp_path / "two")})
     assert build_of(tmp_path / "two")["run"]["processes"] == 2 and calls(tmp_path / "two") == [12, 12]
     assert len(set(kept(tmp_path / "two", "answers"))) == 24
-    assert len(list((tmp_path / "two" / "work").glob("answers-*.jsonl"))) == 2
+    assert len(list((tmp_path / "two" / "work").glob("answers-*.sqlite"))) == 2
     main(ConsensusConfig(**options, output_dir=str(tmp_path / "one")))
     one, two = table(tmp_path / "one", "pairs"), table(tmp_path / "two", "pairs")
     assert len(one) == 6 and [row["chosen"] for row in one] == [row["chosen"] for row in two]

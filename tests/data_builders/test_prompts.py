@@ -22,8 +22,8 @@ from data_builders.prompts.llm import EndpointLLM, LocalLLM, Sampling
 from data_builders.prompts.reading import given_prompts
 from data_builders.self_rewarding import SelfRewardingConfig
 from prefopt.errors import InputError
+from prefopt.ledger import Ledger
 from prefopt.pocket.world import PHRASINGS, caption, train_scenes
-from prefopt.store import Ledger
 
 TWO = ["elephant, savanna, f/2.8", "elephant at dusk, 1.5 m tall"]
 
@@ -197,8 +197,6 @@ def test_a_killed_call_is_asked_again_and_nothing_else(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         generate_prompts(Recited(dying), ["elephant"], 9, seed=0, ledger=Ledger(tmp_path, "prompts"))
-    with (tmp_path / "prompts-00000.jsonl").open("a") as file:
-        file.write('\n{"half a li')
     llm = Recited(herd)
     written = generate_prompts(llm, ["elephant"], 9, seed=0, ledger=Ledger(tmp_path, "prompts"))
     assert llm.seeds == [request_seed(0, "elephant", 1)]
@@ -337,3 +335,5 @@ def test_given_prompts_take_the_class_they_name():
     ):
         with pytest.raises(InputError, match=message):
             given_prompts(prompts, ["zebra", "lion"])
+    for name in ("C++", "Yahoo!", ".NET"):  # which end where no word does
+        assert given_prompts([f"a book about {name}, open"], [name]).training[0]["class"] == name

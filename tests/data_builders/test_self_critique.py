@@ -9,7 +9,19 @@ from math import exp
 
 import pytest
 from browser import after
-from builds import build_of, calls, check_is_a_dataset, contents, header_of, kept, kill_at, table, texts_of
+from builds import (
+    build_of,
+    calls,
+    check_is_a_dataset,
+    contents,
+    forget,
+    header_of,
+    kept,
+    kill_at,
+    table,
+    texts_of,
+    values,
+)
 from datasets import Dataset, load_dataset
 from servers import Scripted, chat
 from tiny_vlm import IMAGE_TOKENS, picture, tiny_judge, vision_pairs
@@ -481,14 +493,14 @@ def test_a_resumed_run_may_have_nothing_left_but_what_cannot_be_read(workplace):
     """A critic that could never be read is an error; one that was read before is not taken for such a one."""
     build(settings(workplace, "unread"))
     folder = workplace / "unread"
-    lines = (folder / "work" / "comparisons-00000.jsonl").read_text().splitlines()
-    entries = {key: value for line in lines if line for key, value in json.loads(line).items()}
-    read = {key: value for key, value in entries.items() if value is not None}
-    assert 0 < len(read) < len(entries)
-    (folder / "work" / "comparisons-00000.jsonl").write_text(json.dumps(read) + "\n")
+    file = folder / "work" / "comparisons-00000.sqlite"
+    entries = values(file)
+    unread = [key for key, value in entries.items() if value is None]
+    assert 0 < len(unread) < len(entries)
+    forget(file, unread)
     before = contents(folder)
     build(settings(workplace, "unread"))
-    assert calls(folder) == [0, 2 * (len(entries) - len(read))] and contents(folder) == before
+    assert calls(folder) == [0, 2 * len(unread)] and contents(folder) == before
 
 
 @pytest.mark.parametrize(

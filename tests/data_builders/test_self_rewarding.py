@@ -1,22 +1,17 @@
 """The self-rewarding builder: what it keeps, repeats and writes; judge and detector are stand-ins."""
 
 import hashlib
-import json
-import multiprocessing
-import os
-import signal
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from builds import build_of, calls, check_is_a_dataset, contents, header_of
+from builds import build_of, calls, check_is_a_dataset, contents, header_of, kept, kill_at
 from datasets import load_dataset
 from launching import launch
 
 from data_builders.images.config import parse_source
 from data_builders.self_rewarding import SelfRewardingConfig, main
-from prefopt import store
 from prefopt.detectors import Box
 from prefopt.diffusion.generator import Generator, Sampler
 from prefopt.diffusion.tables import read_preferences, read_sft
@@ -290,45 +285,14 @@ def test_options_that_cannot_be_are_named(workplace, changes, message):
         build(settings(workplace, "bad", **changes))
 
 
-def killed(config, moment):
-    """Run a build that kills itself with SIGKILL at its so-manieth write."""
-    writes = iter(range(moment))
-
-    def counted(original):
-        def wrapper(*args, **kwargs):
-            if next(writes, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        return wrapper
-
-    store.Ledger.add = counted(store.Ledger.add)
-    pq.write_table = counted(pq.write_table)
-    build(config)
-
-
 def test_kill_9_at_ten_moments_then_the_identical_dataset_and_no_call_repeated(whole, workplace):
     """Guards against UnifiedReward's resuming by length, which repeats items."""
     folder, expected = workplace / "killed", contents(whole)
     chance = np.random.default_rng(0)
-    context = multiprocessing.get_context("fork")
-    deaths = 0
     for moment in [0, 1, *chance.integers(2, 6, size=8)]:
-        process = context.Process(target=killed, args=(settings(workplace, "killed"), int(moment)))
-        process.start()
-        process.join()
-        deaths += process.exitcode == -signal.SIGKILL
-        answers = [
-            key
-            for file in (folder / "work").glob("answers-*.jsonl")
-            for line in file.read_text().splitlines()
-            if line
-            for key in json.loads(line)
-        ]
-        assert len(answers) == len(set(answers)), "an answer was asked for twice"
-    assert deaths == 10
+        kill_at(int(moment), build, settings(workplace, "killed"))
     images = len(PROMPTS) * CANDIDATES
-    kept_answers = len(answers)
+    kept_answers = len(kept(folder, "answers"))
     drawn = sum(pq.read_metadata(file).num_rows for file in (folder / "work").rglob("block-*.parquet"))
     build(settings(workplace, "killed"))
     assert contents(folder) == expected

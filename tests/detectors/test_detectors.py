@@ -248,7 +248,7 @@ def test_which_detector_a_name_is(yolo, owlv2, clip, tmp_path):
     assert isinstance(load_detector(yolo), YoloWorld) and isinstance(load_detector(owlv2), Owlv2)
     with pytest.raises(InputError, match="is a 'clip'; detectors are"):
         load_detector(clip)
-    with pytest.raises(InputError, match=r"no folder or hub id with a config\.json"):
+    with pytest.raises(InputError, match=r"no model with a config\.json could be .*nothing is there"):
         load_detector(str(tmp_path / "nothing"))
     for name in (load_detector, YoloWorld):
         with pytest.raises(InputError, match=r"is a pickle.*convert_yolo_world\.py"):
@@ -257,17 +257,23 @@ def test_which_detector_a_name_is(yolo, owlv2, clip, tmp_path):
 
 def test_a_broken_folder_is_a_clear_error(yolo, tmp_path):
     config = (Path(yolo) / "config.json").read_text()
-    with pytest.raises(InputError, match="describes no YOLO-World"):
+    with pytest.raises(InputError, match=r"config\.json is not there"):
         YoloWorld(str(tmp_path))
-    for bad in (config.replace("yolo_world", "clip"), config.replace(": 64", ": 65"), "[]", "{"):
+    for bad, said in (
+        (config.replace("yolo_world", "clip"), "describes no YOLO-World"),
+        (config.replace(": 64", ": 65"), "describes no YOLO-World"),
+        (config.replace(": 64", ': "64"'), "describes no YOLO-World: image_size is '64'"),
+        ("[]", r"config\.json holds no JSON object but a list"),
+        ("{", r"config\.json is no JSON"),
+    ):
         (tmp_path / "config.json").write_text(bad)
-        with pytest.raises(InputError, match="describes no YOLO-World"):
+        with pytest.raises(InputError, match=said):
             YoloWorld(str(tmp_path))
     (tmp_path / "config.json").write_text(config)
     for content in (None, b"not safetensors"):
         if content:
             (tmp_path / "model.safetensors").write_bytes(content)
-        with pytest.raises(InputError, match=r"model\.safetensors is not what"):
+        with pytest.raises(InputError, match=r"model\.safetensors is no"):
             YoloWorld(str(tmp_path))
 
 

@@ -299,7 +299,7 @@ def test_hpdv2_has_a_file_for_each_split(tmp_path):
     as_hpdv2(tmp_path, [ranked], "test", "test")
     assert seeds_of(read_preferences(str(tmp_path)), 0) == [0, 1]
     assert seeds_of(read_preferences(str(tmp_path), split="test"), 0) == [3, 2]
-    with pytest.raises(InputError, match=r"one file is to bear the split's name 'validation'"):
+    with pytest.raises(InputError, match="no json file of a split 'validation'; there are"):
         read_preferences(str(tmp_path), split="validation")
 
 

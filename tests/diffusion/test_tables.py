@@ -217,7 +217,7 @@ def image_columns(at: int, side: str, value: dict | None) -> dict[str, list]:
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        (image_columns(1, "rejected", None), "row 1, column rejected has no image; a pair has two"),
+        (image_columns(1, "rejected", None), "row 1, column rejected has no image; fill it, or drop the row"),
         (image_columns(2, "chosen", cell(b"")), "row 2, column chosen is an image of 0 bytes"),
         (image_columns(0, "chosen", cell(None, "no.png")), "row 0, column chosen points to no.png"),
         ({"prompt": [1, 2, 3]}, "row 0 has the prompt 1; a prompt is text"),
@@ -287,16 +287,16 @@ def test_what_is_no_dataset(tmp_path):
     rows.to_parquet(tmp_path / "rowless" / "train.parquet")
     for name, said in {
         "empty": "is empty: no Parquet, Arrow, JSON, CSV or image files",
-        "notes": "notes cannot be read as a dataset",
-        "torn": "torn cannot be read as a dataset",
-        "torn/train.parquet": r"train\.parquet cannot be read as a dataset",
+        "notes": r"notes holds no table and no pictures, but \['README.txt'\]",
+        "torn": r"train\.parquet is damaged, or no parquet file",
+        "torn/train.parquet": r"train\.parquet is damaged, or no parquet file .*; write or download it again",
         "notes/README.txt": r"README\.txt is no table; those that can be read end with \.parquet, \.arrow",
-        "rowless": "rowless cannot be read as a dataset: .*no data",
-        "missing": "no such folder or file here",
+        "rowless": r"train\.parquet has no rows",
+        "missing": "no such folder or file is here",
     }.items():
         with pytest.raises(InputError, match=said):
             read_preferences(str(tmp_path / name))
-    with pytest.raises(InputError, match="no dataset 'nobody/nothing': no such folder or file here"):
+    with pytest.raises(InputError, match="no dataset 'nobody/nothing': no such folder or file is here"):
         read_preferences("nobody/nothing")
 
 

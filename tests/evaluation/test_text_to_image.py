@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny
+from builds import values
 from launching import ROOT, arguments, torchrun
 from PIL import Image
 from servers import Scripted, chat
@@ -25,8 +26,8 @@ from prefopt.judges.critic_cases import CRITICS, ScoreCase, Templates
 from prefopt.judges.discriminator import DiscriminatorScorer
 from prefopt.judges.questions import Answer
 from prefopt.judges.rubric import Rubric
+from prefopt.ledger import Ledger
 from prefopt.loading import Lazy
-from prefopt.store import Ledger
 
 RECIPE = "recipes/compare_text_to_image.py"
 PROMPTS = ["a red lion", "two <script>alert(1)</script> zebras", "snow & ice"]
@@ -135,8 +136,6 @@ def test_a_rerun_draws_nothing_and_asks_no_scorer_with_an_identity_again(
     first = Brightness()
     compare(systems(models, 1), PROMPTS, [3, 4], [first.scorer()], tmp_path)
     assert first.asked == 12
-    with (tmp_path / "scores-00000.jsonl").open("a") as file:
-        file.write('\n{"image": "half a li')  # a run killed while writing
     monkeypatch.setattr(text_to_image, "load_generator", lambda *a, **k: pytest.fail("generated again"))
     again = Brightness()
     repeated = compare(systems(models, 1), PROMPTS, [3, 4], [again.scorer()], tmp_path)
@@ -318,8 +317,8 @@ def test_the_recipe_by_path_in_two_processes_gives_what_one_gives(models, tmp_pa
 
     torchrun(RECIPE, options | {"output_dir": two})
     # Each process leaves the scores of its share: both took part.
-    shares = [len((two / f"scores-0000{rank}.jsonl").read_text().split("\n")) for rank in (0, 1)]
-    assert shares[0] == shares[1] > 1
+    shares = [len(values(two / f"scores-0000{rank}.sqlite")) for rank in (0, 1)]
+    assert shares[0] == shares[1] > 0
     tables = [
         [json.loads(line) for line in (d / "results.jsonl").read_text().splitlines()] for d in (one, two)
     ]

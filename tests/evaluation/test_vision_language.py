@@ -1,6 +1,5 @@
 """Vision-language models on the same questions: their answers and losses, and nothing computed twice."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import forget, values
 from datasets import Dataset, Features, Image, List, Value
 from peft import PeftModel
 from tiny_vlm import PEFT_ON_TRANSFORMERS_5, picture, tiny_judge, tiny_vlm
@@ -22,7 +22,7 @@ from prefopt.evaluation.answering import Answered, Answering, read_questions
 from prefopt.evaluation.asked import Questions
 from prefopt.evaluation.systems import VlmSystem, vlm_systems
 from prefopt.evaluation.vision_language import compare
-from prefopt.store import Ledger
+from prefopt.ledger import Ledger
 from prefopt.vlm.models import load_vlm
 
 pytestmark = pytest.mark.filterwarnings(PEFT_ON_TRANSFORMERS_5)
@@ -108,9 +108,6 @@ def test_a_rerun_answers_and_asks_nothing_again(vlms, words, compared_vlms, tmp_
     first = Scripted()
     run(vlms, tmp_path, critic(first, words), 0)
     assert first.asked
-    for name in ("answers", "scores"):
-        with (tmp_path / f"{name}-00000.jsonl").open("a") as file:
-            file.write('\n{"half a li')  # a run killed while writing
     added = Scripted()
     loads, load = [], answering.start_from_lora
     monkeypatch.setattr(answering, "start_from_lora", lambda *a: loads.append(a[1]) or load(*a))
@@ -132,12 +129,8 @@ def test_a_run_that_has_nothing_left_but_what_cannot_be_read_ends(vlms, words, t
         compare(systems(vlms, 0), questions, [scorer], tmp_path, max_new_tokens=TOKENS)
 
     grade(Scripted())
-    kept = tmp_path / "scores-00000.jsonl"
-    entries = {
-        key: said for line in kept.read_text().splitlines() if line for key, said in json.loads(line).items()
-    }
-    lost = next(key for key, said in entries.items() if said[""] is None)
-    kept.write_text(json.dumps({key: said for key, said in entries.items() if key != lost}))
+    kept = tmp_path / "scores-00000.sqlite"
+    forget(kept, [next(key for key, said in values(kept).items() if said[""] is None)])
     last = Scripted()
     grade(last)
     (text,) = last.asked

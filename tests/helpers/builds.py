@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub import metadata_load
 
-from prefopt import store
+from prefopt.ledger import Ledger
 from prefopt.records import load
 
 
@@ -89,19 +91,42 @@ def die_at_write(moment: int) -> None:
 
         return wrapper
 
-    store.Ledger.add = counted(store.Ledger.add)
+    def added(self: Ledger, results: dict[str, Any]) -> None:
+        assert not any(key in self for key in results), "a result was computed twice"
+        add(self, results)
+
+    add = Ledger.add
+    Ledger.add = counted(added)
     pq.write_table = counted(pq.write_table)
 
 
 def kept(folder: Path, name: str) -> list[str]:
-    """The keys of all results in a build's ledger; one that was kept twice comes twice."""
-    return [
-        key
-        for file in sorted((folder / "work").glob(f"{name}-*.jsonl"))
-        for line in file.read_text().splitlines()
-        if line
-        for key in json.loads(line)
-    ]
+    """The keys of all results in a build's ledger; one that two processes kept comes twice."""
+    found = []
+    for file in sorted((folder / "work").glob(f"{name}-*.sqlite")):
+        with ledger_file(file) as rows:
+            found += [key for (key,) in rows.execute("SELECT key FROM results")]
+    return found
+
+
+def values(file: Path) -> dict[str, Any]:
+    """The results in a file of a ledger."""
+    with ledger_file(file) as rows:
+        return {key: json.loads(value) for key, value in rows.execute("SELECT key, value FROM results")}
+
+
+def forget(file: Path, keys: Collection[str]) -> None:
+    """Take results out of a file of a ledger."""
+    with ledger_file(file) as rows, rows:
+        rows.executemany("DELETE FROM results WHERE key = ?", [(key,) for key in keys])
+
+
+@contextmanager
+def ledger_file(file: Path) -> Iterator[sqlite3.Connection]:
+    """An open file of a ledger."""
+    assert file.is_file()
+    with closing(sqlite3.connect(file)) as rows:
+        yield rows
 
 
 def kill_at(moment: int, work: Callable, *arguments: Any) -> None:

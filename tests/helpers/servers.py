@@ -18,7 +18,7 @@ import httpx2
 
 # What a route answers to (body, number of the call): a body of JSON; or status, headers and text, which may
 # come piece by piece without an end.
-Route = Callable[[dict, int], dict | tuple[int, dict, str | Iterable[str]]]
+Route = Callable[[dict, int], dict | tuple[int, dict, str | bytes | Iterable[str]]]
 
 
 @dataclass
@@ -61,13 +61,16 @@ class Scripted:
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
-                if isinstance(text, str):
-                    self.send_header("Content-Length", str(len(text.encode())))
-                    text = [text]
+                if isinstance(text, str | bytes):
+                    whole = text.encode() if isinstance(text, str) else text
+                    self.send_header("Content-Length", str(len(whole)))
+                    pieces = [whole]
+                else:
+                    pieces = (piece.encode() for piece in text)
                 self.end_headers()
                 with suppress(ConnectionError):
-                    for piece in text:
-                        self.wfile.write(piece.encode())
+                    for piece in pieces:
+                        self.wfile.write(piece)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -121,7 +124,7 @@ class TransformersServe:
             return False
 
 
-def chat(text: str, finish_reason: str = "stop", **logprobs: Any) -> dict:
+def chat(text: str | None, finish_reason: str = "stop", **logprobs: Any) -> dict:
     """A chat completion."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
     return {"object": "chat.completion", "choices": [choice | logprobs]}

@@ -1,6 +1,7 @@
 """The judge behind HTTP: against transformers serve, and against scripted servers of the other dialects."""
 
 import base64
+import gzip
 import io
 import logging
 import socket
@@ -25,7 +26,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from prefopt import endpoint, pocket
 from prefopt.endpoint import Endpoint, in_parallel, retry_after
 from prefopt.errors import InputError
-from prefopt.judges.dialects import CERTAIN, read_text, read_tokens, words
+from prefopt.judges.dialects import CERTAIN, DIALECTS, read_text, read_tokens, words
 from prefopt.judges.endpoint import EndpointJudge
 from prefopt.judges.questions import NO, YES, Case, Question
 from prefopt.judges.rubric import Rubric
@@ -298,10 +299,64 @@ def test_an_answer_without_an_end_is_given_up_at_a_size():
     assert len(server.calls) == 1
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://a", "http://", "http://a:b", "http://a/?key=1", ""])
+@pytest.mark.parametrize(
+    ("headers", "content", "said"),
+    [
+        ({}, b"[" * 100_000, "no JSON object .*recursion"),
+        ({}, b'{"a":' * 100_000, "no JSON object .*recursion"),
+        ({}, b'{"a": ' + b"9" * 5000 + b"}", "no JSON object"),
+        ({}, b'{"a": 1, "a": 2}', "'a' twice"),
+        ({}, b'{"a": "\xff"}', "no JSON object .*utf-8"),
+        ({"Content-Encoding": "gzip"}, b"{}", "cannot be decompressed"),
+        ({"Content-Encoding": "gzip"}, gzip.compress(bytes(10**7)), "more than 1000000 bytes"),
+    ],
+    ids=["brackets", "objects", "digits", "twice", "no text", "no gzip", "a bomb"],
+)
+def test_an_answer_that_is_no_object_is_refused(headers, content, said):
+    with (
+        Scripted({"/v1/systemone": lambda *_: (200, headers, content)}) as server,
+        pytest.raises(InputError, match=f"(?s){server.url}.*{said}"),
+    ):
+        Endpoint(server.url, max_bytes=10**6).post("/v1/systemone", {}, dict)
+    assert len(server.calls) == 1
+
+
+NO_ADDRESSES = ["localhost:8000", "ftp://a", "http://", "http://a:b", "http://a/?key=1", ""]
+NO_ADDRESSES += ["http://a..b", f"http://{'a' * 64}.b", "http://a:99999", f"http://a/{'b' * 400}"]
+
+
+@pytest.mark.parametrize("url", NO_ADDRESSES)
 def test_an_address_that_is_none_is_named(url):
     with pytest.raises(InputError, match="no address of a server"):
         Endpoint(url)
+
+
+@pytest.mark.parametrize("content", [17, ["yes"], {"type": "text"}])
+def test_a_chat_whose_content_is_no_text_is_unfit(content):
+    with pytest.raises(endpoint.Unfit, match="is no text"):
+        endpoint.chat_text({"choices": [{"message": {"content": content}}]})
+
+
+def test_half_of_a_surrogate_pair_becomes_a_question_mark():
+    """Guards: an answer that no file can hold, found when it is written."""
+    assert endpoint.chat_text(chat("no\ud800")) == ("no?", True)
+    assert endpoint.chat_text(chat(None)) == ("", True)
+
+
+@pytest.mark.parametrize(
+    "probabilities", [5, {"value": "red"}, ["red"], [{"value": [], "probability": 1}], [None]]
+)
+def test_probabilities_that_are_none_are_unfit(probabilities):
+    answer = {"type": "choice", "name": "colour", "probabilities": probabilities}
+    with pytest.raises(endpoint.Unfit):
+        DIALECTS["decisions"].read((COLOUR,), {"answers": [answer]})
+
+
+@pytest.mark.parametrize("number", [10**400, 1e308, float("nan"), -1, "1", True, None])
+def test_numbers_that_are_no_probabilities_are_unfit(number):
+    answers = {"answers": {"colour": {"probabilities": dict.fromkeys(("red", "green", "blue"), number)}}}
+    with pytest.raises(endpoint.Unfit, match="the probabilities of colour are"):
+        DIALECTS["systemone"].read((COLOUR,), answers)
 
 
 def test_a_key_inside_of_an_address_is_refused_and_not_repeated():

@@ -4,6 +4,7 @@ Guards: a parse failure that means 'answer 1 wins' (UnifiedReward), and a reply 
 """
 
 import re
+import time
 
 import pytest
 
@@ -197,3 +198,11 @@ def test_the_other_names_give_the_other_preference(text, preference):
     names |= {other: one for one, other in names.items()}
     swapped = re.sub(r"\b(first|second|1|2|A|B)\b", lambda name: names[name[0]], text)
     assert read_preference(swapped) == names[preference]
+
+
+def test_a_flood_of_numbers_is_read_in_time():
+    """Guards: a server's reply of megabytes, for whose every number all that stands before is read again."""
+    start = time.monotonic()
+    assert read_score("Score: 5. " + "1 " * 10**6 + "\nScore: 85") == 85
+    assert read_preference("[[A]] " + "1 " * 10**6 + "\nBoth are equal.") == "tie"
+    assert time.monotonic() - start < 3

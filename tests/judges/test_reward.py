@@ -388,6 +388,9 @@ def test_what_is_no_reward_model_is_named(workplace, tmp_path):
         load_judge("ImageReward.pt")
     with pytest.raises(InputError, match=r"float32, not in torch\.bfloat16"):
         load_judge(str(workplace / "clip"), dtype=torch.bfloat16)
+    with pytest.raises(InputError, match=r"config\.json is not there"):
+        RewardJudge(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(
         InputError, match=r"is no folder or hub id of a reward model.*'clip' or 'image_reward'"
     ):

@@ -127,9 +127,9 @@ def test_a_rubric_is_weighed_anew():
     ("text", "said"),
     [
         ("mood=2", "'mood' is no question of the rubric class_conditional: they are realistic"),
-        ("anatomy", "question weights anatomy: write name=weight, each name once"),
+        ("anatomy", "--question_weights anatomy: write name=weight, each name once"),
         ("anatomy=", "anatomy=: the weight is ''"),
-        ("anatomy=much", "anatomy=much: the weight is 'much'; it is a number above 0"),
+        ("anatomy=much", "anatomy=much: the weight is 'much'; it is a number"),
         ("anatomy=0", "anatomy=0: the weight is 0.0"),
         ("anatomy=nan", "anatomy=nan: the weight is nan"),
     ],
@@ -174,7 +174,7 @@ def test_a_rubric_that_cannot_be_is_an_error(tmp_path, items, message):
         ("", "no list of questions"),
         ("[]", "has no questions"),
         ("- 3", "question 1 is 3"),
-        ("- {text: Ask, polarity: positive}", "question 1 has no name"),
+        ("- {text: Ask, polarity: positive}", "question 1: the name is None"),
         ("- {name: a, polarity: positive}", "needs a text for a judge or a check"),
         ("- {name: a, text: Ask, check: count, polarity: positive}", "one of them"),
         ("- {name: a, check: smell, polarity: positive}", "the check is 'smell'"),
@@ -194,7 +194,12 @@ def test_a_rubric_that_cannot_be_is_an_error(tmp_path, items, message):
             "- {name: a, check: count, polarity: positive, soft: log_odds}",
             "soft is 'log_odds'; it is tanh, or",
         ),
-        ("- !!python/object/apply:os.system [true]", "no rubric could be read"),
+        ("- !!python/object/apply:os.system [true]", r"broken\.yaml: line 1: the tag !!python/object/apply"),
+        ("[" * 2000, r"broken\.yaml: line 1: lists and mappings lie more than 30 deep"),
+        (
+            "- {name: a, text: Ask, polarity: positive,\n   text: Tell}",
+            "'text' is given in line 1 and in line 2",
+        ),
     ],
 )
 def test_a_broken_rubric_is_named(tmp_path, text, message):
@@ -205,5 +210,5 @@ def test_a_broken_rubric_is_named(tmp_path, text, message):
 
 
 def test_a_rubric_that_is_not_there_is_named():
-    with pytest.raises(InputError, match="Name a YAML file, or one of answers, class_conditional"):
+    with pytest.raises(InputError, match="name a YAML file, or one of answers, class_conditional"):
         Rubric.load("nowhere")

@@ -13,8 +13,8 @@ from launching import Launch, launch, torchrun
 
 from data_builders.export.tally import soft_points
 from prefopt.evaluation import words
+from prefopt.ledger import Ledger
 from prefopt.pocket import world
-from prefopt.store import Ledger
 
 SCRIPT = "data_builders/self_rewarding.py"
 SETTINGS = {
@@ -99,8 +99,7 @@ def test_kill_9_while_it_generates_and_judges_then_the_identical_dataset(whole):
     work = folder / "work"
 
     def steps() -> int:
-        answers = sum(len(file.read_text().splitlines()) for file in work.glob("answers-*.jsonl"))
-        return answers + sum(1 for _ in work.rglob("block-*.parquet"))
+        return len(Ledger(work, "answers")) // 100 + sum(1 for _ in work.rglob("block-*.parquet"))
 
     for reached in (1, 3, 5):
         build = start(folder)

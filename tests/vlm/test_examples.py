@@ -322,10 +322,8 @@ def test_a_path_may_not_leave_the_folder(tmp_path: Path, kind: str) -> None:
     path = {"relative": "../secret.png", "absolute": str(tmp_path / "secret.png"), "link": "link.png"}[kind]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
-    examples = with_files(tmp_path / "data", [["pictures/0.png"], [path]])
-    assert examples[0, 0]["images"]
     with pytest.raises(InputError, match=r"row 1, images points to .*, outside of the dataset's folder"):
-        examples[1, 0]
+        with_files(tmp_path / "data", [["pictures/0.png"], [path]])
 
 
 def test_a_column_of_bytes_holds_images() -> None:

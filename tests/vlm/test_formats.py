@@ -392,7 +392,9 @@ def test_a_split_has_a_file_of_its_own(tmp_path: Path) -> None:
     """A file that is held out is never read as training data."""
     (tmp_path / "dataset_info.json").write_text('{"llava": {"file_name": "llava.json"}}')
     write_llava(tmp_path, [llava(0)], "chart_test.json")
-    with pytest.raises(InputError, match=r"bear the split's name 'train'; there are \['chart_test\.json'\]"):
+    with pytest.raises(
+        InputError, match=r"no json file of a split 'train'; there are \['chart_test\.json'\]"
+    ):
         read_vision_examples(str(tmp_path), "sft")
     write_llava(tmp_path, [llava(0), llava(1)], "chart.json")
     assert len(read_vision_examples(str(tmp_path), "sft")) == 2
