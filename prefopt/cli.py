@@ -259,6 +259,8 @@ def _summary(config: Any) -> str:
 
 
 def _say(message: str, code: int) -> int:
+    if progress := sys.modules.get("prefopt.progress"):  # which imports torch
+        progress.close_bars()
     print(message, file=sys.stderr, flush=True)
     return code
 

@@ -1,5 +1,6 @@
 """Files that are whole or absent, content hashes, and locks: what every room that writes to disk shares."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,7 +17,19 @@ from safetensors import SafetensorError, safe_open
 
 from prefopt.errors import InputError
 
-TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")  # what its errors name
+# What the errors of torch's writer name.
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error", "Parent directory")
+# What to do about a failure to write, by its number; torch gives none.
+ADVICE = {
+    None: "Free some space if the disk is full",
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some space",
+    errno.EROFS: "This disk is read-only: make it writable",
+    errno.EACCES: "Change its permissions",
+    errno.EPERM: "Change its permissions",
+    errno.EEXIST: "There is a file where a folder is needed: move it away",
+    errno.ENOTDIR: "There is a file where a folder is needed: move it away",
+}
 os.umask(_mask := os.umask(0))
 _NEW_FILE = 0o666 & ~_mask  # permissions
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}")  # what `replacing` writes to
@@ -139,9 +152,16 @@ def reporting_write_errors(what: object) -> Iterator[None]:
         # torch reports a full disk as a RuntimeError of its writer; others are not about the disk.
         if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_WRITER):
             raise
-        raise InputError(
-            f"could not write {what}: {error}. Free some space, or name another folder"
-        ) from error
+        raise InputError(f"could not write {what}: {error}. {_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a failure to write; libraries that are not Python's name its number in their text."""
+    named = re.search(r"\berr(?:or|no) (\d+)", str(error), re.IGNORECASE)
+    number = getattr(error, "errno", None) or (int(named[1]) if named else None)
+    if number == errno.ENOENT or "Parent directory" in str(error):
+        return "The folder was removed meanwhile: run the same command again"
+    return ADVICE.get(number, "Check the disk") + ", or name another folder"
 
 
 def make_readable(*paths: Path) -> None:

@@ -4,12 +4,14 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
+from weakref import WeakSet
 
 from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
 SECONDS = 30  # between two lines in a log file
+_bars: WeakSet[tqdm] = WeakSet()
 
 
 class Lines:
@@ -32,7 +34,15 @@ def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """A bar on stderr, with the options of tqdm; where that is no terminal, a line every 30 seconds."""
     if not sys.stderr.isatty():
         options |= {"file": Lines(sys.stderr), "mininterval": SECONDS, "maxinterval": SECONDS, "ncols": 100}
-    return tqdm(iterable, **options)
+    bar = tqdm(iterable, **options)
+    _bars.add(bar)
+    return bar
+
+
+def close_bars() -> None:
+    """Close every bar: what is printed next, such as an error, stays the last word."""
+    for bar in list(_bars):
+        bar.close()
 
 
 class Encoding:

@@ -141,12 +141,17 @@ def _check(
 
 
 def _generate(jobs: Mapping[str, _Job], folder: Path, device: torch.device, batch_size: int) -> None:
-    """Generate the images that are not there yet, one system after the other."""
+    """Generate the images that are not there yet, one system after the other.
+
+    An image's last bits depend on its batch, so a batch that lacks any image is generated again as a whole.
+    """
     missing = {key: job for key, job in jobs.items() if not _image_path(folder, key).exists()}
     pipeline, loaded = None, None
     progress = progress_bar(total=len(missing), desc="images", unit="image", disable=not missing or quiet())
     for generator in dict.fromkeys(job.generator for job in missing.values()):
-        keys = [key for key, job in missing.items() if job.generator == generator]
+        every = [key for key, job in jobs.items() if job.generator == generator]
+        batches = [every[start : start + batch_size] for start in range(0, len(every), batch_size)]
+        keys = [key for batch in batches if not missing.keys().isdisjoint(batch) for key in batch]
         adapter = generator.adapter if generator.adapter_scale != 0 else None
         # Another scale or guidance needs no other weights.
         needed = replace(generator, adapter=adapter, adapter_scale=1.0, sampler=Sampler())
@@ -157,14 +162,15 @@ def _generate(jobs: Mapping[str, _Job], folder: Path, device: torch.device, batc
             set_adapter_scale(pipeline, generator.adapter_scale)
         images = sample(
             pipeline,
-            [missing[key].prompt for key in keys],
-            [missing[key].seed for key in keys],
+            [jobs[key].prompt for key in keys],
+            [jobs[key].seed for key in keys],
             generator.sampler,
             batch_size=batch_size,
         )
         for key, image in zip(keys, images, strict=True):
-            save_image(image, _image_path(folder, key))
-            progress.update()
+            if key in missing:
+                save_image(image, _image_path(folder, key))
+                progress.update()
     progress.close()
 
 

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("faults.c")
-COUNT, KILL, TEAR, ONCE, FULL = range(5)  # as faults.c
-MODES = {KILL: "killed before", TEAR: "killed amid", ONCE: "fails once", FULL: "fails from then on"}
+COUNT, KILL, TEAR, ONCE, FULL, STOP = range(6)  # as faults.c
+MODES = {KILL: "killed before", TEAR: "killed amid", ONCE: "once", FULL: "from then on", STOP: "before"}
 
 
 class Plan(ctypes.Structure):
@@ -34,11 +34,19 @@ class Plan(ctypes.Structure):
         ("folder", ctypes.c_char * 4096),
     )
 
-    def arm(self, folder: Path, mode: int = COUNT, at: int = 0, error: int = errno.ENOSPC) -> None:
-        """From now on count the changes of a folder, and let this happen at the n-th."""
+    def arm(
+        self,
+        folder: Path,
+        mode: int = COUNT,
+        at: int = 0,
+        *,
+        error: int = errno.ENOSPC,
+        removals: bool = True,
+    ) -> None:
+        """From now on count the changes of a folder, removals or not, and let this happen at the n-th."""
         self.folder = b""
         self.calls, self.at, self.mode, self.error, self.hit = 0, at, mode, error, 0
-        self.removals, self.what, self.where = int(mode in (COUNT, KILL, TEAR)), b"", b""
+        self.removals, self.what, self.where = int(removals), b"", b""
         self.folder = os.fsencode(folder.resolve())
 
     def disarm(self) -> None:
@@ -46,7 +54,7 @@ class Plan(ctypes.Structure):
         self.folder = b""
 
     def moment(self, folder: Path) -> str:
-        """What came: `fails once: write work/answers-00000.jsonl`; empty if it did not."""
+        """What came: `once write work/answers-00000.jsonl`; empty if it did not."""
         if not self.hit:
             return ""
         where = os.path.relpath(os.fsdecode(self.where), folder.resolve())

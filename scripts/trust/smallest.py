@@ -203,7 +203,8 @@ def _prepare(events: Path) -> None:
     from data_builders.engine.blocks import ImageBlocks
     from data_builders.engine.passes import ModelPass
     from prefopt.evaluation import text_to_image
-    from prefopt.store import Ledger, TensorStore
+    from prefopt.ledger import Ledger
+    from prefopt.store import TensorStore
 
     def log(**event: Any) -> None:
         with events.open("a") as file:
@@ -234,8 +235,8 @@ def _prepare(events: Path) -> None:
 
 # What was written
 
-# What differs between two runs: durations, and how many calls a rerun still had to make.
-TIMES = re.compile(r"seconds.*|calls|.*_runtime|.*_per_second")
+# What may differ between two runs: durations, how many calls a rerun still made, whether it was resumed.
+TIMES = re.compile(r"seconds.*|calls.*|.*_runtime|.*_per_second|resume_from_checkpoint")
 # What is kept for reruns alone: caches, ledgers.
 KEPT = re.compile(r"(^|.*/)(work|cache)/.*|(.*/)?\.lock|(.*/)?(scores|answers)\b[^/]*")
 
