@@ -337,7 +337,7 @@ def test_the_recipe_by_path_in_two_processes_gives_what_one_gives(models, tmp_pa
         (["--critic", "./no-critic"], "no-critic"),
         (["--critic_typed"], "name the --critic, too"),
         (["--discriminator_name_or_path", "./none"], "there is no ./none"),
-        (["--judge_model_name_or_path", "pocket", "--rubric", "mine"], "no rubric could be read from mine"),
+        (["--judge_model_name_or_path", "pocket", "--rubric", "mine"], "there is no rubric 'mine'"),
         (["--judge_model_name_or_path", "pocket", "--rubric", "class_conditional"], "it asks about {class}"),
         (["--rubric", "reward"], "name the --judge_model_name_or_path, too"),
         (["--votes", "no-votes.json"], "--votes: there is no file no-votes.json"),
