@@ -203,7 +203,8 @@ def _prepare(events: Path) -> None:
     from data_builders.engine.blocks import ImageBlocks
     from data_builders.engine.passes import ModelPass
     from prefopt.evaluation import text_to_image
-    from prefopt.store import Ledger, TensorStore
+    from prefopt.ledger import Ledger
+    from prefopt.store import TensorStore
 
     def log(**event: Any) -> None:
         with events.open("a") as file:
