@@ -7,6 +7,7 @@ setup(
         *find_namespace_packages(include=["prefopt*", "data_builders*"]),
         "prefopt_recipes",
         "prefopt_recipes.configs",
+        "prefopt_recipes.configs.accelerate",
     ],
     package_dir={"prefopt_recipes": "recipes"},
 )

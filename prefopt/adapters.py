@@ -5,11 +5,15 @@ frozen, under the name `reference`: what was trained before is part of what the 
 """
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from prefopt.config import LORA, LoraArguments
 from prefopt.errors import InputError
@@ -104,3 +108,22 @@ def adapter_folder(adapter: str) -> str:
     read_object(folder / CONFIG_FILE, ANEW)
     open_tensors(folder / ADAPTER_FILE, ANEW)
     return str(folder)
+
+
+def difference_of_adapter(model: PeftModel, file: Path, weights: Mapping[str, Tensor] | None = None) -> str:
+    """What tells the policy's adapter from a file, or nothing.
+
+    `weights` are the gathered ones of a model that its processes share.
+    """
+    written = load_file(file)
+    gathered: Any = None if weights is None else dict(weights)
+    state = get_peft_model_state_dict(model, gathered, adapter_name=POLICY, save_embedding_layers=False)
+    if not written:
+        return "the file holds no tensors"
+    if missing := sorted(set(state) ^ set(written)):
+        where = "file" if missing[0] in state else "model"
+        return f"{len(missing)} names are on one side only; {missing[0]} is missing in the {where}"
+    changed = [
+        name for name, value in state.items() if not torch.equal(value.cpu(), written[name].to(value.dtype))
+    ]
+    return f"{len(changed)} tensors differ, {changed[0]} among them" if changed else ""

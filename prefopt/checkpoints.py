@@ -16,9 +16,11 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from prefopt.adapters import ADAPTER_FILE, difference_of_adapter
 from prefopt.errors import InputError
 from prefopt.files import make_readable, reporting_write_errors
-from prefopt.loading import UNUSABLE, first_line
+from prefopt.loading import check_finite
+from prefopt.resuming import reading
 from prefopt.runs import Ema
 
 STAGING = "unfinished"  # no name that transformers takes for a checkpoint
@@ -126,10 +128,19 @@ class CheckpointingTrainer(Trainer):
         averaged = self.ema.applied(self.model) if self.ema and not self._staging else nullcontext()
         with reporting_write_errors(output_dir or self.args.output_dir), averaged:
             self._check_weights()
+            if self.is_fsdp_enabled and self._has_shards() and not self._staging:
+                # The Trainer saves no model whose checkpoints are in shards, and says nothing.
+                self._save(output_dir, self.accelerator.get_state_dict(self.model))
             super().save_model(output_dir, _internal_call)
 
+    def _has_shards(self) -> bool:
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        return "FULL_STATE_DICT" not in str(plugin.state_dict_type)
+
     def _check_weights(self) -> None:
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        # Under DeepSpeed a process has its share of a weight beside an empty tensor.
+        named = self.model.named_parameters()
+        trained = [(name, getattr(p, "ds_tensor", p)) for name, p in named if p.requires_grad]
         bad = [name for name, parameter in trained if not torch.isfinite(parameter).all()]
         # Of weights in shards a process sees its own; all of them have to stop.
         count: Any = self.accelerator.reduce(torch.tensor(len(bad), device=self.accelerator.device))
@@ -164,16 +175,49 @@ class CheckpointingTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the trained weights; what does not fit the model, or is not finite, is an InputError."""
+        with reading(resume_from_checkpoint, "model"):
+            self._load_weights(resume_from_checkpoint, model)
+            if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # of which a process sees a part
+                self._check_loaded(resume_from_checkpoint)
+
+    def _check_loaded(self, checkpoint: str) -> None:
+        trained = {name: value.data for name, value in self.model.named_parameters() if value.requires_grad}
+        check_finite(trained, f"the model in {checkpoint}", "It is damaged")
+        file = Path(checkpoint, ADAPTER_FILE)
+        if isinstance(self.model, PeftModel) and (found := difference_of_adapter(self.model, file)):
+            raise InputError(f"{file} is not the adapter of this model: {found}")
+
+    def _load_weights(self, resume_from_checkpoint: str, model: nn.Module | None) -> None:
         if isinstance(self.model, SavesItself) and not self.is_fsdp_enabled:
             self.model.load_weights(resume_from_checkpoint)
         elif _is_plain(self.model) and not self.is_fsdp_enabled:
             file = Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)
-            try:
+            with reading(file, f"weights of a {type(self.model).__name__}"):
                 load_model(self.model, file)
-            except UNUSABLE as error:
-                kind = type(self.model).__name__
-                raise InputError(
-                    f"{file} does not hold the weights of this {kind}: {first_line(error)}"
-                ) from error
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # The Trainer would go on with the weights that the model had before.
+        values = self.model.state_dict(keep_vars=True)
+        tied = {id(value) for name, value in values.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(values.get(name)) not in tied]
+        for what, names in (("lack", missing), ("have beyond it", load_result.unexpected_keys)):
+            if names:
+                raise InputError(
+                    f"the checkpoint's weights do not fit this {type(self.model).__name__}: they {what} "
+                    f"{len(names)} tensors, {names[0]} among them"
+                )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint), "state of the optimizer or its schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint), "state of the gradient scaler"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint), "state of the random numbers"):
+            super()._load_rng_state(checkpoint)

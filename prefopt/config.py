@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from prefopt import pocket
 from prefopt.draws import visit_order
 from prefopt.errors import InputError
 from prefopt.options import check_options, check_paths_exist, option
+from prefopt.sharding import check_fsdp, load_whole_models
 from prefopt.trainer_options import check_trainer_options, check_training
 
 LATEST = "latest"
@@ -98,8 +100,29 @@ class PreferenceConfig(TrainingArguments):
             super().__post_init__()
         except (ValueError, ImportError) as error:
             raise InputError(" ".join(str(error).split())) from error
+        # An accelerate config file may set the precision, too.
+        self.bf16, self.fp16 = self.mixed_precision == "bf16", self.mixed_precision == "fp16"
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         check_training(self)
+        self.check_shards()
+
+    @property
+    def sharding(self) -> str | None:
+        """What splits the model among the processes, FSDP or DeepSpeed; None: each process has all of it."""
+        if self.deepspeed_plugin is not None:
+            return "DeepSpeed"
+        return "FSDP" if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP") else None
+
+    def check_shards(self) -> None:
+        """InputError for what FSDP and DeepSpeed cannot do here, or would do in silence."""
+        if self.sharding and self.ema_decay is not None:
+            raise InputError(
+                f"--ema_decay: under {self.sharding} no process has all weights to average; leave it out"
+            )
+        if self.sharding == "DeepSpeed":
+            load_whole_models()
+        elif self.sharding == "FSDP":
+            check_fsdp(self.fsdp_config if self.fsdp else None, use_cpu=self.use_cpu)
 
     @property
     def global_batch(self) -> int:

@@ -92,8 +92,10 @@ def load_complete(kind: Any, name: str | Path, what: str, revision: str | None =
     return model
 
 
-def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """InputError if a value is not finite; `what` the tensors are of, for the message."""
+def check_finite(
+    tensors: Mapping[str, Tensor], what: str, remedy: str = "Name another model, or another dtype"
+) -> None:
+    """InputError, which ends with `remedy`, if a value is not finite; `what` the tensors are of."""
     for key, value in tensors.items():
         # The sum takes one pass and no memory. It may overflow where all values are finite.
         is_plain = value.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -101,8 +103,7 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
             continue
         if not value.isfinite().all():
             raise InputError(
-                f"{what} has values that are not finite, in the tensor {key}: name another model, or, if "
-                f"{value.dtype} is too small for its values, load it in bfloat16 or float32"
+                f"{what} has values that are not finite in {value.dtype}, in the tensor {key}. {remedy}"
             )
 
 
@@ -213,7 +214,8 @@ def own_memory(module: nn.Module) -> nn.Module:
 
 def first_line(error: Exception) -> str:
     """The beginning of an error's message."""
-    return str(error).strip().split("\n")[0][:300]
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    return text.strip().split("\n")[0][:300]
 
 
 @contextmanager

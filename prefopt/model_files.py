@@ -17,14 +17,14 @@ _OBJECTS = (CONFIG_FILE, "_index.json", ".index.json", "tokenizer.json")  # ends
 _REMEDY = "Save or download the model again, or name another one"
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, remedy: str = _REMEDY) -> None:
     """InputError for a file of the folder, not of those in it, that is damaged, or named and not there.
 
-    Looked at are configs, indices of weights, tokenizers, and the headers of safetensors.
+    It ends with `remedy`. Looked at are configs, indices of weights, tokenizers and headers of safetensors.
     """
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors" or path.name.endswith(_OBJECTS):
-            _check(path, *(file_state(path) if path.is_file() else ()))
+            _check(path, remedy, *(file_state(path) if path.is_file() else ()))
 
 
 def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
@@ -33,17 +33,17 @@ def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
 
 
 @cache
-def _check(path: Path, *state: int) -> None:
+def _check(path: Path, remedy: str, *state: int) -> None:
     if path.suffix == ".safetensors":
-        open_tensors(path, _REMEDY)
+        open_tensors(path, remedy)
         return
-    content = read_object(path, _REMEDY)
+    content = read_object(path, remedy)
     if path.name.endswith(".safetensors.index.json"):
         shards = content.get("weight_map")
         if not isinstance(shards, dict) or not shards:
-            raise InputError(f"{path} names no weights: it has no weight_map. {_REMEDY}")
+            raise InputError(f"{path} names no weights: it has no weight_map. {remedy}")
         for shard in {str(name) for name in shards.values()}:
             if shard != Path(shard).name:
-                raise InputError(f"{path} names the file {shard!r}, which is not in its folder. {_REMEDY}")
+                raise InputError(f"{path} names the file {shard!r}, which is not in its folder. {remedy}")
             if not (path.parent / shard).is_file():
-                raise InputError(f"{path} names the file {shard!r}, which is not there. {_REMEDY}")
+                raise InputError(f"{path} names the file {shard!r}, which is not there. {remedy}")

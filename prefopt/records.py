@@ -16,11 +16,13 @@ import datasets
 from datasets import Dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub.constants import HF_HUB_CACHE
 from pyarrow import ArrowException, LargeListType, ListType, StructType, compute
 
 from prefopt.errors import InputError
 from prefopt.local_tables import files_state, folder_state, read_file, read_folder, table_folder
+from prefopt.options import check_name
 from prefopt.paths import file_inside
 from prefopt.table_files import cause, check_values
 
@@ -52,8 +54,7 @@ def load(source: str, *, split: str, config: str | None, revision: str | None) -
     A folder holds Parquet, Arrow or images, one JSON, JSON Lines or CSV file for each split, a dataset that
     was saved, or the tables of a builder, of which `config` names one.
     """
-    if not source.strip():
-        raise InputError(f"the name of the dataset is {source!r}; name a folder, a file or a hub id")
+    check_name(source, "--dataset_name")
     if os.path.exists(source):
         found = _load_local(source, split, config, revision)
     else:
@@ -173,13 +174,29 @@ def _reporting_wrong_slices(split: str) -> Iterator[None]:
 
 
 def _load_hub(source: str, split: str, config: str | None, revision: str | None) -> Dataset:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(
+            f"no dataset {source!r:.300}: no such folder or file is here, and a hub id has the form org/name"
+        )
     try:
-        return datasets.load_dataset(source, config, split=split, revision=revision)
+        with no_tensors_decoded():
+            return datasets.load_dataset(source, config, split=split, revision=revision)
     except Exception as error:  # the hub's client raises dozens of types for 'not there'
         raise InputError(
-            f"no dataset {source!r:.300}: no such folder or file here, and as a hub id it could not be "
+            f"no dataset {source!r:.300}: no such folder or file is here, and as a hub id it could not be "
             f"loaded ({cause(error)})"
         ) from error
+
+
+@contextmanager
+def no_tensors_decoded() -> Iterator[None]:
+    """datasets decodes every file of a tar shard by its ending; here texts alone, and no torch.load."""
+    decoders = WebDataset.DECODERS
+    WebDataset.DECODERS = {ending: decoders[ending] for ending in ("txt", "json")}
+    try:
+        yield
+    finally:
+        WebDataset.DECODERS = decoders
 
 
 def in_test(text_hash: str, fraction: float) -> bool:

@@ -168,7 +168,14 @@ class Ema(TrainerCallback):
             file = Path(self.resume_from, self.FILE)
             if not file.is_file():
                 raise InputError(f"{self.resume_from} has no {self.FILE}: continue without --ema_decay")
-            for name, value in load_file(file).items():
+            kept = load_file(file)
+            shapes = [{name: one.shape for name, one in values.items()} for values in (kept, self.average)]
+            if shapes[0] != shapes[1]:
+                raise InputError(
+                    f"{file} holds no average of this model: its {len(kept)} tensors are not the "
+                    f"{len(self.average)} that are trained. Continue with the options of that run"
+                )
+            for name, value in kept.items():
                 self.average[name].copy_(value)
 
     def on_step_end(self, args, state, control, *, model, **kwargs) -> None:

@@ -6,6 +6,7 @@ finished ones, and any number of processes may write side by side.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefopt.errors import InputError
-from prefopt.files import check_identity, content_key, replacing, reporting_write_errors
+from prefopt.files import check_identity, content_key, open_tensors, replacing, reporting_write_errors
 
+ABOUT = "about"  # the entry in a shard's header
+AGAIN = "Delete this file, and run the same command again"
 OPEN_SHARDS = 256  # of one process: each is a memory map, and a process may have 65,530 on Linux
 
 
@@ -57,7 +60,10 @@ class TensorStore:
                 del self._open[next(iter(self._open))]
             self._open[shard] = self._opened(shard)
         handle = self._open[shard]
-        return {name: handle.get_tensor(f"{key}/{name}") for name in self._names(handle)}
+        try:
+            return {name: handle.get_tensor(f"{key}/{name}") for name in self._names(handle)}
+        except SafetensorError as error:
+            raise InputError(f"{shard} does not hold the whole entry {key}: {error}. {AGAIN}") from error
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}  # an open file does not travel to a spawned worker
@@ -76,7 +82,8 @@ class TensorStore:
         }
         shard = self.folder / f"{content_key(' '.join(sorted(entries)))[:32]}.safetensors"
         with reporting_write_errors(self.folder), replacing(shard) as partial:
-            save_file(tensors, partial, metadata={"names": " ".join(names)})
+            about = json.dumps({"identity": self.identity, "names": names}, sort_keys=True)
+            save_file(tensors, partial, metadata={ABOUT: about})  # several come in an order of chance
         self._shard_of.update(dict.fromkeys(entries, shard))
 
     def refresh(self) -> None:
@@ -87,15 +94,14 @@ class TensorStore:
                 keys = {name.split("/", 1)[0] for name in handle.keys()}  # noqa: SIM118 (not a dict)
             self._shard_of.update(dict.fromkeys(keys, shard))
 
-    @staticmethod
-    def _opened(shard: Path) -> safe_open:
-        try:
-            return safe_open(shard, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{shard} cannot be read: {error}. Delete it, and run the same command again"
-            ) from error
+    def _opened(self, shard: Path) -> safe_open:
+        """A shard of this store; a damaged one, or one of another store, is an InputError."""
+        handle = open_tensors(shard, AGAIN)
+        about = (handle.metadata() or {}).get(ABOUT, "")
+        if about[:1] != "{" or json.loads(about)["identity"] != self.identity:
+            raise InputError(f"{shard} was written for another cache than {self.folder}. {AGAIN}")
+        return handle
 
     @staticmethod
     def _names(handle: safe_open) -> list[str]:
-        return handle.metadata()["names"].split()
+        return json.loads(handle.metadata()[ABOUT])["names"]

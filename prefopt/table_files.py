@@ -1,6 +1,5 @@
 """Parquet and Arrow files, and datasets saved as such; one that is damaged is named."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
 from prefopt.errors import InputError
+from prefopt.files import read_object
 from prefopt.paths import file_inside
 
 TABLES = (".parquet", ".arrow")
@@ -54,7 +54,7 @@ def read_saved(folder: Path) -> tuple[Dataset, str]:
     The files say what their columns are; dataset_info.json and a format that was set are not read.
     """
     place = folder / "state.json"
-    state = _json_object(place)
+    state = read_object(place, "Save the dataset again")
     files = state.get("_data_files")
     parts = []
     for entry in files if isinstance(files, list) and files else [None]:
@@ -71,7 +71,7 @@ def read_saved(folder: Path) -> tuple[Dataset, str]:
 def saved_splits(folder: Path) -> list[str]:
     """The splits of a saved DatasetDict: folders with these names."""
     place = folder / "dataset_dict.json"
-    splits = _json_object(place).get("splits")
+    splits = read_object(place, "Save the dataset again").get("splits")
     if not isinstance(splits, list) or not all(
         isinstance(name, str) and re.fullmatch(r"\w+([.-]\w+)*", name) for name in splits
     ):
@@ -82,7 +82,7 @@ def saved_splits(folder: Path) -> list[str]:
 def cause(error: BaseException) -> str:
     """What is behind an error of datasets, in one line."""
     lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+    return lines[0][:300].rstrip(".:")
 
 
 def check_values(table: Any, source: object) -> None:
@@ -172,14 +172,3 @@ def _naming(file: Path) -> Iterator[None]:
         raise InputError(
             f"{file} is damaged, or no {file.suffix[1:]} file ({cause(error)}); write or download it again"
         ) from error
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    """A small file that datasets wrote."""
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read ({cause(error)}); save the dataset again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file} holds no JSON object; save the dataset again")
-    return found

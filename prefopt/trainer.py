@@ -6,7 +6,6 @@ averaged over processes and accumulation; beside it, checkpoints that are whole 
 what surrounds a run (runs.py).
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,22 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback
-from transformers.trainer_callback import ProgressCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import set_seed
 
 from prefopt.adapters import adapter_layers
 from prefopt.checkpoints import STAGING, CheckpointingTrainer, check_saves
-from prefopt.config import LATEST, PreferenceConfig
+from prefopt.config import PreferenceConfig
 from prefopt.draws import VisitSampler
-from prefopt.errors import InputError
 from prefopt.files import exclusive_lock, reporting_write_errors
 from prefopt.interrupts import Interrupted, begin_worker
 from prefopt.losses import reward_metrics
 from prefopt.model_card import write_card
 from prefopt.objectives import Batch, Loss, Objective, Scored
 from prefopt.reference import cache_reference, reference_model
+from prefopt.resuming import find_checkpoint, read_state
 from prefopt.runs import Ema, Interrupt, MetricsFile, Progress, refuse_earlier_run, write_config
 from prefopt.scores import AnyScore, check_extras, check_scored, not_finite
+from prefopt.sharding import check_sharding, load_whole_models, prepare_fsdp
 from prefopt.visits import by_visit, collate
 
 # A batch and its scores (batch, k), detached -> for each name the values and their weights, both (batch,).
@@ -91,6 +91,10 @@ class PreferenceTrainer(CheckpointingTrainer):
         super().__init__(model, args, train_dataset=train, eval_dataset=_held_out(eval_dataset), **kwargs)
         # Our losses are means of a batch: the Trainer divides them by the accumulation.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
+        if self.is_fsdp_enabled:
+            prepare_fsdp(self.accelerator.state.fsdp_plugin, model)
+        elif self.is_deepspeed_enabled:
+            load_whole_models()  # those that are loaded after the training as well
         if reference_model is not None:
             reference_model.to(self.args.device)
         self.interrupt = Interrupt(self.accelerator)
@@ -127,13 +131,15 @@ class PreferenceTrainer(CheckpointingTrainer):
         """
         output_dir = Path(str(self.args.output_dir))
         with exclusive_lock(output_dir) if self.is_world_process_zero() else nullcontext():
-            checkpoint = self._checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
+            wanted = resume_from_checkpoint or self.args.resume_from_checkpoint
+            if checkpoint := self._checkpoint(output_dir, wanted):
+                check_sharding(checkpoint, self.args.sharding)
             if self.is_world_process_zero():
                 self._open_run(output_dir, checkpoint)
             return self._train(output_dir, checkpoint, **kwargs)
 
     def _train(self, output_dir: Path, checkpoint: str | None, **kwargs: Any):
-        if checkpoint and _step(checkpoint) >= self.total_steps:
+        if checkpoint and read_state(checkpoint).global_step >= self.total_steps:
             return self._load_finished(checkpoint)
         if self.objective.needs_reference and self.args.reference == "cache":
             self.train_dataset = self._with_cached_reference()
@@ -181,24 +187,21 @@ class PreferenceTrainer(CheckpointingTrainer):
             if not checkpoint:
                 refuse_earlier_run(output_dir)
             write_config(output_dir, self.args, arithmetic=self.arithmetic(), about=self.about)
-            self.metrics_file = MetricsFile(output_dir, after=_step(checkpoint) if checkpoint else 0)
+            steps = read_state(checkpoint).global_step if checkpoint else 0
+            self.metrics_file = MetricsFile(output_dir, after=steps)
         print(self.arithmetic(), flush=True)
 
-    def _checkpoint(self, wanted: str | bool | None) -> str | None:
+    def _checkpoint(self, output_dir: Path, wanted: str | bool | None) -> str | None:
         if not wanted:
             return None
-        if wanted is not True and wanted != LATEST:
-            if not Path(str(wanted), "trainer_state.json").is_file():
-                raise InputError(f"{wanted} is no checkpoint: it has no trainer_state.json")
-            return str(wanted).rstrip("/")
-        found = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        found = find_checkpoint(output_dir, wanted)
         if self.is_world_process_zero():
-            beginning = f"no checkpoint in {self.args.output_dir}: from the beginning"
+            beginning = f"no checkpoint in {output_dir}: from the beginning"
             print(f"resuming from {found}" if found else beginning)
         return found
 
     def _load_finished(self, checkpoint: str) -> None:
-        self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        self.state = read_state(checkpoint)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best or checkpoint)
         if self.ema:
@@ -303,6 +306,8 @@ class PreferenceTrainer(CheckpointingTrainer):
 
     def _with_cached_reference(self) -> Any:
         args = self.args
+        if self.args.sharding:  # what shards the model moves it to its device later
+            self.model.to(args.device)
         # Before the first step, all weights of full fine-tuning are still the reference's.
         frozen = self.reference_model or (None if adapter_layers(self.model) else self.model.eval())
         return cache_reference(
@@ -388,7 +393,3 @@ def _held_out(dataset: Any) -> Any:
     if isinstance(dataset, dict):
         return {name: by_visit(one, f"eval_dataset {name!r}") for name, one in dataset.items()}
     return None if dataset is None else by_visit(dataset, "eval_dataset")
-
-
-def _step(checkpoint: str) -> int:
-    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]

@@ -56,6 +56,10 @@ class DiscriminatorConfig(PreferenceConfig, DatasetArguments, ImageArguments):
             )
         if self.eval_strategy != "no":
             raise InputError("--eval_strategy: a discriminator is measured after its last step; leave it out")
+        if self.sharding:
+            raise InputError(
+                f"a discriminator is small: every process has all of it, so leave {self.sharding} out"
+            )
         check_paths_exist(self, "model_name_or_path", "dataset_name")
         self.check_splits()
         self.check_images()

@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from prefopt.cli import run
 from prefopt.config import LearningRates
+from prefopt.errors import InputError
 from prefopt.options import option
 from prefopt.vlm.config import VlmConfig
 
@@ -43,6 +44,14 @@ class VlmEnsembleConfig(VlmConfig):
     average_rank: int | None = option(None, "Write the best average of this rank, too.", within="[1, 65536]")
     output_dir: str | None = option("runs/vlm_qlora_ensemble", "Folder for adapters, checkpoints and logs.")
     learning_rate: float | None = RATES.option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sharding:
+            raise InputError(
+                f"{self.sharding} does not keep the base for the next member: train each with vlm_sft, "
+                "and average them with scripts/average_adapters.py"
+            )
 
 
 def main(config: VlmEnsembleConfig):

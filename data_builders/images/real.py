@@ -1,10 +1,11 @@
 """Real images: of a table, of img2dataset's shards or of the pocket's world, filtered by their scores."""
 
 import io
+import json
 import math
+import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
 from numbers import Real
@@ -15,7 +16,6 @@ import datasets
 import numpy as np
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
-from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from pyarrow import ArrowException
 
 from data_builders.engine.stages import Record
@@ -25,7 +25,8 @@ from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.local_tables import folder_state, table_folder
 from prefopt.pocket.world import PHRASINGS, caption, render, train_scenes
-from prefopt.records import Source, load, read_split, refuse_options
+from prefopt.records import Source, load, no_tensors_decoded, read_split, refuse_options
+from prefopt.table_files import cause
 from prefopt.vlm.cells import encoded_images
 
 NO_IMAGE, DUPLICATE, NO_TEXT = "no image", "duplicate", "no text"
@@ -182,24 +183,35 @@ def _shard_rows(folder: Path, shards: list[Path], split: str) -> Dataset:
         raise InputError(f"{folder}: shards have no split {split!r}; name the folder that holds its shards")
     files = {"train": list(map(str, shards))}
     try:
-        with _no_tensors_decoded():
+        with no_tensors_decoded():
             rows: Any = datasets.load_dataset(
                 "webdataset", folder_state(folder)[:16], data_files=files, features=_SHARDS, split="train"
             )
     except (DatasetsError, OSError, ValueError, ArrowException) as error:
-        raise InputError(f"{folder}: its shards cannot be read: {error.__cause__ or error}") from error
+        for shard in shards:
+            _check_shard(shard)
+        raise InputError(f"{folder}: its shards cannot be read: {cause(error)}") from error
     return rows
 
 
-@contextmanager
-def _no_tensors_decoded() -> Iterator[None]:
-    """The library decodes every file of a shard by its ending; here texts alone, and no torch.load."""
-    decoders = WebDataset.DECODERS
-    WebDataset.DECODERS = {ending: decoders[ending] for ending in ("txt", "json")}
+def _check_shard(shard: Path) -> None:
+    """InputError for the first file of a shard that is damaged, or is no object of JSON or no text."""
+    where = str(shard)
+    if not shard.is_file():
+        raise InputError(f"{where} is a pipe, a device or a broken link; delete it")
     try:
-        yield
-    finally:
-        WebDataset.DECODERS = decoders
+        with tarfile.open(shard) as opened:
+            for member in opened:
+                where = f"{shard}: {member.name}"
+                content = opened.extractfile(member) if member.isfile() else None
+                if content and where.endswith(".json") and not isinstance(json.load(content), dict):
+                    raise InputError(f"{where} holds no JSON object")
+                if content and where.endswith(".txt"):
+                    content.read().decode()
+    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where} cannot be read: {cause(error)}") from error
 
 
 def _facts(rows: Dataset) -> dict[str, list]:

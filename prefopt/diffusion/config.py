@@ -168,7 +168,12 @@ class DiffusionConfig(
         self.check_images()
         self.check_timesteps(self.visits)
         self.check_discriminator(fp16=self.fp16)
-        self.check_validation(sharded=bool(self.fsdp or self.deepspeed))
+        if self.sharding and self.discriminator_mode == "adversarial":
+            raise InputError(
+                f"--discriminator_mode adversarial clips two parts of the model apart, which {self.sharding} "
+                "does not; take a frozen discriminator"
+            )
+        self.check_validation(sharded=self.sharding is not None)
 
 
 def _check_ends(config: object, name: str) -> None:

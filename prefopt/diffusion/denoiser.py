@@ -113,6 +113,11 @@ class Denoiser(nn.Module):
 
     # For the trainer
 
+    @property
+    def _no_split_modules(self) -> list[str] | None:
+        """The classes of blocks that FSDP gathers one at a time, as the network's library names them."""
+        return self.network._no_split_modules
+
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """LoRA as `load_lora_weights` reads it, or all weights as `from_pretrained` reads a sub-folder.
 

@@ -147,7 +147,7 @@ def _scaled(network: Any, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     scaled, layers = {}, set(adapter_layers(network))
     for name, module in network.named_modules():
         if module in layers and module.scaling[POLICY] != 1:
-            second = f"{name.replace('_fsdp_wrapped_module.', '')}.lora_B.weight"
+            second = f"{name.replace('_checkpoint_wrapped_module.', '')}.lora_B.weight"
             scaled[second] = factors[second] * module.scaling[POLICY]
     return scaled
 
@@ -177,7 +177,7 @@ def load_adapter(pipeline: Any, file: Path, name: str = LOADED) -> None:
     for config in header_configs(file, f"the adapter {file}").values():
         check_base_unchanged(config, f"the adapter {file}")
     tensors = load_file(file)
-    check_finite(tensors, f"the adapter {file}")
+    check_finite(tensors, f"the adapter {file}", ANEW)
     expected = _count_pairs(tensors, file)
     # diffusers warns for each component that an adapter leaves alone, and prints what it then raises: what
     # matters is counted or raised below.

@@ -28,7 +28,7 @@ from prefopt.errors import InputError
 from prefopt.files import text_lines
 from prefopt.objectives import Objective, Scored, with_discriminator
 from prefopt.reference import frozen_copy
-from prefopt.runs import refuse_earlier_run
+from prefopt.resuming import check_start
 from prefopt.trainer import PreferenceTrainer
 
 
@@ -43,8 +43,7 @@ def train(
     InputError for labels or options that the objective cannot use, before anything is loaded.
     """
     state = PartialState()
-    if not config.resume_from_checkpoint:
-        refuse_earlier_run(Path(str(config.output_dir)))  # before anything is read and encoded
+    check_start(Path(str(config.output_dir)), config.resume_from_checkpoint)
     with state.main_process_first():  # then the others read its cache
         tables = read_tables(config, read)
     for table, use in zip(tables, ("to train on", "held out"), strict=False):

@@ -103,5 +103,9 @@ class VlmConfig(RecipeConfig):
             return
         if not self.use_peft:
             raise InputError("--load_in_4bit is for frozen weights; leave out --no_use_peft")
+        if self.sharding:
+            raise InputError(
+                f"--load_in_4bit: {self.sharding} cannot split weights of 4 bits; leave one of the two out"
+            )
         if find_spec("bitsandbytes") is None:
             raise InputError('--load_in_4bit needs bitsandbytes: pip install "prefopt[bitsandbytes]"')

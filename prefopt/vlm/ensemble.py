@@ -12,7 +12,7 @@ from accelerate import PartialState
 from prefopt.averaging import Average, average_adapters
 from prefopt.config import LATEST, LoraArguments
 from prefopt.errors import InputError
-from prefopt.files import write_atomically
+from prefopt.files import read_object, write_atomically
 from prefopt.objectives import supervised
 from prefopt.options import check_number, range_of
 from prefopt.vlm.config import VlmConfig
@@ -123,7 +123,8 @@ def _is_done(config: VlmConfig, member: Member) -> bool:
     path = member.folder / DONE
     if not path.exists():
         return False
-    trained, wanted = json.loads(path.read_text()), _facts(_options_of(config, member))
+    trained = read_object(path, f"Delete the folder {member.folder}, and run the same command again")
+    wanted = _facts(_options_of(config, member))
     for name, value in wanted.items():
         if trained.get(name) != value:
             raise InputError(

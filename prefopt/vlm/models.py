@@ -7,15 +7,16 @@ adapted.
 import copy
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -34,6 +35,7 @@ from prefopt.adapters import (
     REFERENCE,
     adapter_folder,
     check_scalings,
+    difference_of_adapter,
     lora_config,
 )
 from prefopt.config import LoraArguments
@@ -188,7 +190,7 @@ def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
     if base:
         check_name(base, f"{unfit}: base_model_name_or_path in its {CONFIG_FILE}")
     check_base_unchanged(read_object(Path(folder, CONFIG_FILE), ANEW), f"the adapter {adapter}")
-    check_finite(load_file(Path(folder, ADAPTER_FILE)), f"the adapter {adapter}")
+    check_finite(load_file(Path(folder, ADAPTER_FILE)), f"the adapter {adapter}", ANEW)
     if base and model.name_or_path and not _can_be_same(base, model.name_or_path):
         raise InputError(
             f"{unfit}: it was trained on {base}. Name that model; or, if it is the same one under another "
@@ -201,7 +203,7 @@ def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
         policy.load_adapter(folder, REFERENCE)
     except UNUSABLE as error:
         raise InputError(f"{unfit}: {_reason(error)}") from error
-    if difference := _difference(policy, Path(folder, ADAPTER_FILE)):
+    if difference := difference_of_adapter(policy, Path(folder, ADAPTER_FILE)):
         raise InputError(f"{unfit}: {difference}")
     check_scalings(policy, POLICY, adapter)
     if outside := _adapted_outside(policy.get_base_model()):
@@ -212,26 +214,16 @@ def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
     return policy
 
 
-def check_saved_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Read a saved adapter back; a RuntimeError unless it holds all of the model's factors, bit for bit."""
+def check_saved_adapter(
+    model: PeftModel, folder: str | Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Read a saved adapter back; a RuntimeError unless it holds all of the model's factors, bit for bit.
+
+    `state` are the gathered weights of a model that its processes share.
+    """
     file = Path(folder, ADAPTER_FILE)
-    if difference := _difference(model, file):
+    if difference := difference_of_adapter(model, file, state):
         raise RuntimeError(f"{file} is not the adapter that was trained: {difference}")
-
-
-def _difference(model: PeftModel, file: Path) -> str:
-    """What tells the policy's adapter from a file, or nothing."""
-    written = load_file(file)
-    state = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
-    if not written:
-        return "the file holds no tensors"
-    if missing := sorted(set(state) ^ set(written)):
-        where = "file" if missing[0] in state else "model"
-        return f"{len(missing)} names are on one side only; {missing[0]} is missing in the {where}"
-    changed = [
-        name for name, value in state.items() if not torch.equal(value.cpu(), written[name].to(value.dtype))
-    ]
-    return f"{len(changed)} tensors differ, {changed[0]} among them" if changed else ""
 
 
 def _can_be_same(one: str, other: str) -> bool:

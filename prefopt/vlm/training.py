@@ -16,7 +16,7 @@ from prefopt.adapters import apply_options
 from prefopt.errors import InputError
 from prefopt.objectives import Objective
 from prefopt.reference import frozen_copy
-from prefopt.runs import refuse_earlier_run
+from prefopt.resuming import check_start
 from prefopt.trainer import PreferenceTrainer
 from prefopt.vlm.batches import Collator
 from prefopt.vlm.config import VlmConfig
@@ -39,8 +39,7 @@ def train(config: VlmConfig, kind: Kind, objective: Objective, about: Mapping[st
     """
     if config.reference == "cache" and not objective.needs_reference:
         raise InputError("--reference cache: this objective has no reference")
-    if not config.resume_from_checkpoint:
-        refuse_earlier_run(Path(str(config.output_dir)))  # before anything is loaded
+    check_start(Path(str(config.output_dir)), config.resume_from_checkpoint)
     loaded, processor = load(config)
     examples = read_examples(config, kind, processor)
     PartialState().print(examples)
@@ -188,8 +187,11 @@ def save(trainer: PreferenceTrainer, config: VlmConfig) -> None:
     # A whole model brings a config.json of its own, and the run's is not to be lost.
     folder = Path(str(config.output_dir), "" if config.use_peft else "model")
     trainer.save_model(str(folder))
-    if isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero():
-        check_saved_adapter(trainer.model, folder)
+    if not isinstance(trainer.model, PeftModel):
+        return
+    state: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped) if config.sharding else None
+    if trainer.is_world_process_zero():
+        check_saved_adapter(trainer.model, folder, state)
 
 
 def quantization(config: VlmConfig) -> BitsAndBytesConfig | None:

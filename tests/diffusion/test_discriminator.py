@@ -184,7 +184,7 @@ def test_one_that_is_not_finite_or_of_other_latents_is_an_error(stable_diffusion
     weights["leave.bias"][0] = torch.nan
     save_file(weights, tmp_path / WEIGHTS_FILE)
     (tmp_path / "config.json").write_text(json.dumps(load_discriminator(folder).config))
-    with pytest.raises(InputError, match="values that are not finite, in the tensor leave"):
+    with pytest.raises(InputError, match=r"values that are not finite in .* the tensor leave"):
         load_discriminator(str(tmp_path))
     pipeline = load_pipeline(stable_diffusion_v)
     with torch.no_grad():

@@ -292,11 +292,11 @@ def test_what_is_no_dataset(tmp_path):
         "torn/train.parquet": r"train\.parquet is damaged, or no parquet file .*; write or download it again",
         "notes/README.txt": r"README\.txt is no table; those that can be read end with \.parquet, \.arrow",
         "rowless": r"train\.parquet has no rows",
-        "missing": "no such folder or file here",
+        "missing": "no such folder or file is here",
     }.items():
         with pytest.raises(InputError, match=said):
             read_preferences(str(tmp_path / name))
-    with pytest.raises(InputError, match="no dataset 'nobody/nothing': no such folder or file here"):
+    with pytest.raises(InputError, match="no dataset 'nobody/nothing': no such folder or file is here"):
         read_preferences("nobody/nothing")
 
 

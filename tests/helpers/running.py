@@ -13,6 +13,7 @@ CONFIGS = {
     "diffusion_cpo": "DiffusionCPOConfig",
     "diffusion_dpo": "DiffusionDPOConfig",
     "diffusion_sft": "DiffusionSFTConfig",
+    "discriminator": "DiscriminatorConfig",
     "vlm_dpo": "VlmDPOConfig",
     "vlm_qlora_ensemble": "VlmEnsembleConfig",
     "vlm_sft": "VlmSFTConfig",

@@ -233,5 +233,5 @@ def _runs(world: World) -> Iterator[Trial]:
             says = () if fine else (r"trained.*" + file.replace(".", r"\."),)
             yield Trial(f"runs: {file} is {how}", act, says)
     for name, place in (("nothing", "nowhere"), ("a build", world.build)):
-        act = program(COMPARE, world.options(COMPARE) | {"runs": place})
-        yield Trial(f"runs: {name}", act, ("nowhere|build",))
+        shown = program(COMPARE, world.options(COMPARE) | {"runs": place})
+        yield Trial(f"runs: {name}", shown, ("nowhere|build",))

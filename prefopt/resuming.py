@@ -1,0 +1,119 @@
+"""The checkpoint that a run goes on from: found and checked before anything is loaded.
+
+transformers starts without a word where the optimizer's state is not there, and fails with a message about
+something else where a file is damaged. Numbers that have changed are not found: they have no checksum.
+"""
+
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+
+from prefopt.config import LATEST
+from prefopt.errors import InputError
+from prefopt.files import read_object
+from prefopt.loading import UNUSABLE, first_line
+from prefopt.model_files import check_files
+from prefopt.runs import refuse_earlier_run
+
+STATE_FILE = "trainer_state.json"
+# What a checkpoint holds besides its state, by how the names begin; one of each line is there. DeepSpeed and
+# FSDP write folders in place of some.
+_PARTS = {
+    "optimizer": ("optimizer", "global_step"),
+    "schedule": ("scheduler.pt", "global_step"),
+    "random numbers": ("rng_state",),
+}
+
+
+def check_start(output_dir: Path, wanted: str | bool | None) -> None:
+    """InputError for a fresh run in a folder with checkpoints, and for a damaged one to go on from."""
+    if wanted:
+        find_checkpoint(output_dir, wanted)
+    else:
+        refuse_earlier_run(output_dir)
+
+
+def find_checkpoint(output_dir: Path, wanted: str | bool) -> str | None:
+    """The folder to go on from: the one named, or with True or `latest` the last of the run, if any.
+
+    A damaged one is an InputError: to go on from an earlier one, it has to be deleted.
+    """
+    if wanted is not True and wanted != LATEST:
+        if not Path(str(wanted), STATE_FILE).exists():
+            raise InputError(f"{wanted} is no checkpoint: it has no {STATE_FILE}")
+        found = str(wanted).rstrip("/")
+    else:
+        found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if found:
+        _check(Path(found))
+    return found
+
+
+def read_state(checkpoint: str | Path) -> TrainerState:
+    """The state of the trainer that a checkpoint was written in."""
+    remedy, file = _remedy(checkpoint), Path(checkpoint, STATE_FILE)
+    content = read_object(file, remedy)
+    try:
+        state = TrainerState(**content)
+    except TypeError as error:
+        raise InputError(f"{file} holds no state of a trainer: {error}. {remedy}") from error
+    numbers = {name: getattr(state, name) for name in ("global_step", "max_steps", "num_train_epochs")}
+    for name, value in numbers.items():
+        if type(value) is not int or value < 0:
+            raise InputError(f"{file}: its {name} is {value!r}, no whole number from 0 on. {remedy}")
+    named = re.fullmatch(r"checkpoint-(\d+)", file.parent.name)
+    if named and int(named[1]) != state.global_step:
+        raise InputError(
+            f"{file} is of step {state.global_step}, and its folder of step {named[1]}. {remedy}"
+        )
+    return state
+
+
+@contextmanager
+def reading(checkpoint: str | Path, what: str) -> Iterator[None]:
+    """Within, what cannot be loaded of a checkpoint is an InputError that says so."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except InputError as error:
+        raise InputError(f"{error}. If the options are those of that run: {_remedy(checkpoint)}") from error
+    except UnpicklingError as error:
+        reason = "it holds objects that are neither tensors nor plain values"
+        raise InputError(
+            f"the {what} in {checkpoint} cannot be loaded: {reason}. {_remedy(checkpoint)}"
+        ) from error
+    except (EOFError, *UNUSABLE) as error:
+        reason = first_line(error)
+        raise InputError(
+            f"the {what} in {checkpoint} cannot be loaded: {reason}. {_remedy(checkpoint)}"
+        ) from error
+
+
+def _remedy(checkpoint: str | Path) -> str:
+    return f"Delete the folder {checkpoint}, and run the same command again: it goes on from the one before"
+
+
+def _check(folder: Path) -> None:
+    """InputError for a part that is not there, and for a file that is not whole."""
+    read_state(folder)
+    names = [path.name for path in folder.iterdir()]
+    for what, beginnings in _PARTS.items():
+        if not any(name.startswith(beginnings) for name in names):
+            raise InputError(f"{folder} holds no state of the {what}: no {beginnings[0]}. {_remedy(folder)}")
+    for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        check_files(part, _remedy(folder))
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".pth")):
+        try:
+            if not file.is_file():
+                raise OSError("it is no file")
+            zipfile.ZipFile(file).close()  # which reads the list of contents, at the end
+        except (OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{file} is no whole file of torch's: {error}. {_remedy(folder)}") from error
