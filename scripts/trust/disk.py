@@ -235,6 +235,8 @@ def main() -> int:
     options.add_argument("--folder", type=Path, help="where programs run and what is whole stays")
     options.add_argument("--json", type=Path, help="a file to write the results to")
     given = options.parse_args()
+    from prefopt.runs import versions
+
     results: list[Failure] = []
     with tempfile.TemporaryDirectory(prefix="prefopt-disk-") as folder, planning(Path(folder)) as plan:
         place = Workplace(given.folder or Path(folder))
@@ -248,14 +250,12 @@ def main() -> int:
                 results.append(show(found))
             for disk in disks:
                 results.append(show(disk(place, plan, name)))
+            if given.json:
+                facts = {"seed": given.seed, "failures": [asdict(one) for one in results]}
+                given.json.write_text(json.dumps(facts | {"versions": versions()}, indent=2) + "\n")
     counts = Counter((one.program, "at fault" if one.faults else "right") for one in results)
     for name in given.only:
         print(f"{name:24} {counts[name, 'right']:4} right {counts[name, 'at fault']:4} at fault")
-    if given.json:
-        from prefopt.runs import versions
-
-        facts = {"seed": given.seed, "failures": [asdict(one) for one in results], "versions": versions()}
-        given.json.write_text(json.dumps(facts, indent=2) + "\n")
     return int(any(one.faults for one in results))
 
 
