@@ -23,7 +23,7 @@ TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error", "Pa
 _ADVICE = {
     errno.ENOSPC: "Free some space",
     errno.EDQUOT: "Free some space",
-    errno.EFBIG: "Free some space, or allow larger files (ulimit -f)",
+    errno.EFBIG: "Raise the largest size of a file (ulimit -f)",
     errno.EROFS: "This disk is read-only: make it writable",
     errno.EACCES: "Change its permissions",
     errno.EPERM: "Change its permissions",
