@@ -11,12 +11,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 from pictures import png
+from rows import FORMATS, made, or_refused, picture, write_pairs_at, write_pictures, write_rows
 from trial import Trial
 from world import World
 
 from prefopt.diffusion.tables import read_preferences
-
-from ._tables import FORMATS, made, or_refused, picture, write_pairs_at, write_pictures, write_rows
 
 
 def damaged(form: str, kind: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
