@@ -93,7 +93,8 @@ class CheckpointingTrainer(Trainer):
             args.push_to_hub, args.save_total_limit, self._staging = pushes, limit, None
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            self._publish(run_dir / STAGING / checkpoint.name, checkpoint)
+            with reporting_write_errors(checkpoint):
+                self._publish(run_dir / STAGING / checkpoint.name, checkpoint)
         self.accelerator.wait_for_everyone()
         if pushes:
             self._push_from_checkpoint(str(checkpoint))

@@ -209,7 +209,8 @@ class PreferenceTrainer(CheckpointingTrainer):
             self.ema.resume_from = checkpoint
             self.ema.start(self.model)
         if self.is_world_process_zero():
-            self._rotate(Path(checkpoint).parent)
+            with reporting_write_errors(output_dir := str(self.args.output_dir)):
+                self._rotate(Path(output_dir))
             print(f"all {self.total_steps} steps are done: nothing is trained", flush=True)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> VisitSampler:
