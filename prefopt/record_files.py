@@ -80,7 +80,7 @@ def _below(folder: str, paths: Any) -> Any:
 def _records(file: Path) -> list[dict[str, Any]]:
     """The records of a file, each with at least one value."""
     if not os.path.isfile(file):
-        raise InputError(f"{file} is no file, but a pipe, a device or a broken link; a table is a file")
+        raise InputError(f"{file} is a pipe, a device or a broken link; name a file")
     try:
         records = _from_csv(file) if file.suffix == ".csv" else _from_json(file)
     except UnicodeDecodeError as error:

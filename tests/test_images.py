@@ -56,6 +56,48 @@ def test_a_turned_photo_stands_upright():
     assert open_image(buffer.getvalue(), "row 1").size == (2, 4)
 
 
+def one_colour(width: int, height: int) -> bytes:
+    return encoded(Image.new("1", (width, height)), "PNG")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ((13_000, 13_000), "in .* bytes, as no photo has"),
+        ((20, 2_100), "its longer side more than 100 times"),
+    ],
+)
+def test_sizes_that_no_photo_has_are_refused_by_the_header(size, said, monkeypatch):
+    """Guards: 169 megapixels in 20 kB, and a thread that becomes an image of gigabytes when it is resized."""
+    content = one_colour(*size)
+    assert len(content) < 30_000
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(
+        InputError, match=f"row 1: an image of {size[0]} x {size[1]} pixels.*{said}.*drop the row"
+    ):
+        open_image(content, "row 1")
+
+
+def test_a_large_picture_is_read():
+    assert open_image(one_colour(6_000, 4_000), "row 1").size == (6_000, 4_000)
+
+
+def test_kinds_that_start_programs_are_not_opened(tmp_path, monkeypatch):
+    """Guards: PostScript, for which PIL calls Ghostscript."""
+    monkeypatch.chdir(tmp_path)
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n(ran) (w) file closefile\n"
+    with pytest.raises(InputError, match=r"row 1: .* cannot be decoded"):
+        open_image(page, "row 1")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "LAB", "1", "L", "LA", "P", "YCbCr", "RGBX"])
+def test_every_mode_becomes_rgb(mode):
+    kind = "PNG" if mode in ("1", "L", "LA", "P") else "JPEG" if mode in ("CMYK", "YCbCr") else "TIFF"
+    assert open_image(encoded(Image.new(mode, (16, 16)), kind), "row 1").mode == "RGB"
+
+
 def test_what_is_no_picture_is_named():
     with pytest.raises(
         InputError, match=r"row 1: 8 bytes that are no readable image of PNG, JPEG, .*: cannot be decoded"

@@ -8,10 +8,11 @@ from typing import Any
 
 import datasets
 import pytest
-from pictures import PAIRS, cell, pair_rows, png, sha, write_pairs, write_table
+from pictures import PAIRS, cell, pair_rows, png, write_pairs, write_table
+from record_tables import pair, seeds, write_pictures, write_records
 
-from prefopt import local_tables
-from prefopt.diffusion.tables import Table, read_preferences, read_sft
+from prefopt import local_tables, record_files
+from prefopt.diffusion.tables import read_preferences, read_sft
 from prefopt.errors import InputError
 from prefopt.files import file_state
 from prefopt.local_tables import folder_state
@@ -19,38 +20,6 @@ from prefopt.records import load, may_share_rows
 from prefopt.vlm.examples import read_vision_examples
 
 ENDINGS = ("json", "jsonl", "csv")
-
-
-def write_pictures(folder: Path, count: int = 12) -> None:
-    """The pictures pictures/0.png, pictures/1.png, ..."""
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    for seed in range(count):
-        (folder / "pictures" / f"{seed}.png").write_bytes(png(seed))
-
-
-def write_records(folder: Path, records: list[dict], name: str) -> str:
-    """Records as a JSON, JSON Lines or CSV file, beside its pictures; the path of the file."""
-    write_pictures(folder)
-    if name.endswith(".csv"):
-        rows = [list(records[0]), *(record.values() for record in records)]
-        text = "\n".join(",".join('"' + str(cell).replace('"', '""') + '"' for cell in row) for row in rows)
-    elif name.endswith(".jsonl"):
-        text = "\n".join(map(json.dumps, records))
-    else:
-        text = json.dumps(records, indent=1)
-    (folder / name).write_text(text, encoding="utf-8")
-    return str(folder / name)
-
-
-def pair(number: int, **changes: Any) -> dict:
-    names = {"chosen": f"pictures/{2 * number}.png", "rejected": f"pictures/{2 * number + 1}.png"}
-    return {"prompt": f"prompt {number}", **names, **changes}
-
-
-def seeds(table: Table) -> list[list[int]]:
-    """Of each example the pictures, best first, by their seeds."""
-    known = {sha(png(seed)): seed for seed in range(12)}
-    return [[known[key] for key in keys] for keys in table.column("sha256")]
 
 
 # Text files
@@ -195,6 +164,20 @@ def test_a_file_that_vanishes_while_a_folder_is_listed_does_not_count(
         ("p.jsonl", b'{"prompt": "\xff"}', "p.jsonl is no UTF-8 text"),
         (
             "p.jsonl",
+            '{"a": 1}\n' + "[" * 9999,
+            "p.jsonl: line 2 is nested too deep; a record is nested a few",
+        ),
+        ("p.json", "[" * 9999, "p.json is nested too deep"),
+        (
+            "p.jsonl",
+            '{"a": 1}\n{"a": 1, "a": 2}',
+            "line 2 cannot be read: the name 'a' has two values; name it",
+        ),
+        ("p.json", '[{"a": 1, "a": 2}]', "p.json cannot be read: the name 'a' has two values; name it once"),
+        ("p.json", '[{"a": "b"}, {"a": "\\ud83d"}]', "p.json: row 1 has half of a character, '\\ud83d'"),
+        ("p.jsonl", f'{{"a": {"9" * 5000}}}', "p.jsonl: line 1 cannot be read: Exceeds the limit"),
+        (
+            "p.jsonl",
             '{"prompt": "a", "picture": "x.png"}',
             "p.jsonl: no column 'chosen' and no column 'rejected'",
         ),
@@ -229,6 +212,32 @@ def test_a_broken_record_is_named_with_its_file(
     with pytest.raises(InputError) as raised:
         read_preferences(file)
     assert str(raised.value).startswith(f"{file}: {said}")
+
+
+def test_a_character_in_two_halves_is_whole(tmp_path: Path) -> None:
+    file = Path(write_records(tmp_path, [pair(0, prompt="a \U0001f600")], "pairs.jsonl"))
+    assert "\\ud83d" in file.read_text()
+    assert read_preferences(str(file)).column("prompt") == ["a \U0001f600"]
+
+
+def test_a_line_without_an_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_files, "LONGEST", 50)
+    file = write_records(tmp_path, [pair(0)], "pairs.jsonl")
+    with pytest.raises(InputError, match=r"pairs\.jsonl: line 1 has more than 50 characters"):
+        read_preferences(file)
+
+
+def test_deep_values_are_kept_as_json(tmp_path: Path) -> None:
+    """Guards: Arrow's limit of levels, in a column that nothing reads."""
+    deep = json.loads("[" * 200 + "]" * 200)
+    assert len(read_preferences(write_records(tmp_path, [pair(0, note=deep)], "pairs.json"))) == 1
+
+
+@pytest.mark.parametrize("value", [7, {"a": 1}, ""])
+def test_what_is_no_path_among_paths_is_named(tmp_path: Path, value: Any) -> None:
+    file = write_records(tmp_path, [pair(0), pair(1, chosen=value)], "pairs.jsonl")
+    with pytest.raises(InputError, match=r"pairs\.jsonl: row 1, column chosen (is|has no image)"):
+        read_preferences(file)
 
 
 def test_a_missing_column_is_told_with_the_formats(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Formats of tables of images: what each row says of its images.
 
-A format is recognised by its columns, beside those of the prompt: of these whose columns are all there, the
-one with the most. An image is stored in its cell, or is a path that starts in the folder of the table.
+A format is recognised by its columns, beside those of the prompt; a table has the columns of one format. An
+image is stored in its cell, or is a path that starts in the folder of the table.
 
 | columns                                    | format                                                        |
 |--------------------------------------------|---------------------------------------------------------------|
@@ -164,7 +164,7 @@ KNOWN = "; ".join(", ".join(form.columns) for form in FORMATS)
 def find_format(lists: Mapping[str, bool], where: str) -> Format:
     """The format that a table's columns show; `lists` says of each column whether it holds lists.
 
-    InputError names what is missing to the nearest one.
+    InputError names what is missing to the nearest one, or the two formats that it could be.
     """
 
     def fits(form: Format) -> tuple[bool, bool, int]:
@@ -180,7 +180,20 @@ def find_format(lists: Mapping[str, bool], where: str) -> Format:
             f"{where}: no column {' and no column '.join(map(repr, missing))}{guess}; its columns are "
             f"{list(lists)!s:.500}, and preferences need a prompt and one of: {KNOWN}"
         )
+    refuse_second_format(form, lists, where)
     return form
+
+
+def refuse_second_format(form: Format, lists: Mapping[str, bool], where: str) -> None:
+    """InputError if a table could be read in another format, too, which might say something else."""
+    for other in FORMATS:
+        alike = lists.keys() >= set(other.columns) and lists[other.images[0]] == other.lists
+        # ImageRewardDB has its pictures under `image`, and their paths, too.
+        if alike and set(other.columns) - {*form.columns, "image_path", "file_path"}:
+            raise InputError(
+                f"{where} is in two formats at once: it has the columns {', '.join(form.columns)}, and "
+                f"{', '.join(other.columns)}; drop those of one"
+            )
 
 
 def cells_of(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, dict | None]:

@@ -16,7 +16,15 @@ import datasets
 from datasets import Dataset
 from pyarrow import ArrowException
 
-from prefopt.diffusion.formats import FORMATS, KNOWN, Format, Order, cells_of, find_format
+from prefopt.diffusion.formats import (
+    FORMATS,
+    KNOWN,
+    Format,
+    Order,
+    cells_of,
+    find_format,
+    refuse_second_format,
+)
 from prefopt.errors import InputError
 from prefopt.files import content_key
 from prefopt.record_files import check_paths
@@ -124,7 +132,9 @@ def read_sft(
     column = next((name for name in ("image", "chosen") if name in names), None)
     if column and not {"rank", "prompt_id"} <= names:
         alone = Order((column,), (1,))
-        return _checked(found, Format((column,), (column,), lambda row, where: alone))
+        form = Format((column,), (column,), lambda row, where: alone)
+        refuse_second_format(form if column == "image" else FORMATS[0], _lists(found), found.name)
+        return _checked(found, form)
     if not any(names.issuperset(form.columns) for form in FORMATS):
         raise InputError(
             f"{found.name}: no column 'image'; its columns are {found.rows.column_names!s:.500}, and it "
@@ -140,10 +150,8 @@ def read_sft(
 
 
 def _preferences(found: Source) -> Table:
-    features = found.rows.features
-    lists = {name: _is_list(kind) for name, kind in features.items()}
-    form = find_format(lists, found.name)
-    if "p_chosen" in features and form is not FORMATS[0]:
+    form = find_format(_lists(found), found.name)
+    if "p_chosen" in found.rows.features and form is not FORMATS[0]:
         raise InputError(f"{found.name} has the column p_chosen, which is for the columns chosen, rejected")
     return _checked(found, form)
 
@@ -251,6 +259,11 @@ def _as_images(rows: Dataset, name: str, source: str, *, lists: bool) -> Dataset
         return rows.cast_column(name, datasets.List(image) if listed else image)
     except (ArrowException, TypeError, ValueError) as error:
         raise InputError(f"{source}: the column {name!r} holds no images ({error})") from error
+
+
+def _lists(found: Source) -> dict[str, bool]:
+    """Of each column, whether it holds lists."""
+    return {name: _is_list(kind) for name, kind in found.rows.features.items()}
 
 
 def _is_list(kind: Any) -> bool:

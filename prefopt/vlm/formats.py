@@ -1,6 +1,7 @@
 """Formats of vision-language tables, and how a row of each becomes a conversation with checked messages.
 
-A format is recognised by its columns: the first of these whose columns are all there. Beside them stands
+A format is recognised by its columns: the first of these whose columns are all there. Those of two formats
+for one use are refused; only `messages` beside prompt, chosen and rejected are not read. Beside them stands
 `images`, a list, or `image`, a single one or a list; a row without images is text alone.
 
 | columns                                     | format                                         | read as    |
@@ -77,6 +78,15 @@ def find_format(columns: Sequence[str], kind: Kind, source: str) -> Format:
             f"{list(columns)!s:.500}, and {['images', *nearest.columns]} are needed (or, instead of "
             f"{', '.join(nearest.columns)}: {others})"
         )
+    for other in known:
+        extra = [name for name in other.columns if name not in nearest.columns]
+        # UltraFeedback repeats the chosen side under `messages`.
+        repeats = extra == ["messages"] and nearest.columns == ("prompt", "chosen", "rejected")
+        if other.kind == nearest.kind and extra and not repeats and not missing(other):
+            raise InputError(
+                f"{source} is in two formats at once: it has the columns {', '.join(nearest.columns)}, and "
+                f"{', '.join(other.columns)}; drop those of one"
+            )
     return nearest
 
 

@@ -56,6 +56,14 @@ def test_pickapic_whole_numbers_and_rows_without_label(tmp_path):
     assert len(table) == 1 and table.dropped == {"no label": 2}
 
 
+@pytest.mark.parametrize("value", ["True", 7, None])
+def test_whether_pickapic_has_a_label_is_true_or_false(tmp_path, value):
+    """Guards: the text 'False', which Python takes for true."""
+    folder = as_pickapic(tmp_path / "p", [(1, 0)], has_label=[value])
+    with pytest.raises(InputError, match=r"row 0 has the has_label .*; it is true or false"):
+        read_preferences(folder)
+
+
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
@@ -63,6 +71,8 @@ def test_pickapic_whole_numbers_and_rows_without_label(tmp_path):
         ([(True, False)], "row 0 has the label True"),
         ([(1.0, 0.0), (math.nan, 1.0)], "row 1 has the label nan"),
         ([(1.0, 0.0), (1.0, None)], "row 1 has the label None"),
+        ([(1, 0), (7, 0)], "row 1 has the label 7; labels are numbers: 0, 0.5 or 1"),
+        ([(1, 0), (1, -3)], "row 1 has the label -3"),
     ],
 )
 def test_pickapic_labels_are_checked_numbers(tmp_path, labels, said):

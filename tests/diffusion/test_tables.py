@@ -403,8 +403,18 @@ def test_soft_labels_are_probabilities(tmp_path):
             read_preferences(write_pairs(tmp_path / "w", 2, p_chosen=[0.9, wrong]))
 
 
-def test_a_table_of_two_formats_is_read_by_the_one_with_more_columns(tmp_path):
+@pytest.mark.parametrize("read", [read_preferences, read_sft])
+def test_a_table_of_two_formats_is_refused(tmp_path, read):
+    """Guards: votes that say something else than the pairs beside them, and are not read."""
     votes = {"image1": pair_rows(2)["chosen"], "image2": pair_rows(2)["rejected"]}
     more = {"votes_image1": [0, 1], "votes_image2": [2, 3]}
-    table = read_preferences(write_table(tmp_path / "p", {**pair_rows(2), **votes, **more}))
-    assert table.facts[0]["columns"] == ["image2", "image1"] and table.soft_labels
+    folder = write_table(tmp_path / "p", {**pair_rows(2), **votes, **more})
+    said = "p is in two formats at once: it has the columns .*image1, image2, votes_image1, votes_image2"
+    with pytest.raises(InputError, match=f"{said}.*chosen, rejected|.*chosen, rejected.*votes.*; drop those"):
+        read(folder)
+    pairs_and_images = write_table(tmp_path / "q", pair_rows(2) | {"image": pair_rows(2)["chosen"]})
+    if read is read_sft:
+        with pytest.raises(InputError, match="the columns image, and chosen, rejected; drop those of one"):
+            read(pairs_and_images)
+    else:
+        assert len(read(pairs_and_images)) == 2

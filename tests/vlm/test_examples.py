@@ -248,6 +248,8 @@ def test_missing_columns_are_named() -> None:
         ({"others": [picture(2)]}, "nothing would show the images of 'others'"),
         ({"images": picture(2)}, "'images' holds no lists"),
         ({"images": [3]}, "'images' holds no images but int64"),
+        ({"images": [{"bytes": 3, "path": "a"}]}, "'images' holds no images but struct<bytes: int64, path"),
+        ({"images": [{"bytes": "a", "path": "a"}]}, "'images' holds no images but struct<bytes: string, pa"),
     ],
 )
 def test_images_that_nothing_would_show_are_refused(changes: dict, message: str) -> None:

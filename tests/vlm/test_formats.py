@@ -139,6 +139,17 @@ def test_the_common_start_of_two_texts_is_the_prompt_as_in_trl(sides: tuple[str,
     assert example["completions"] == [[said("assistant", expected[name])] for name in row]
 
 
+def test_a_table_of_two_formats_is_refused() -> None:
+    """Guards: a prompt that is not read; UltraFeedback has `messages` beside its pairs, and they agree."""
+    row = {"images": [picture(1)], "prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
+    said = "rows is in two formats at once: it has the columns prompt, chosen, rejected, and question, chosen"
+    with pytest.raises(InputError, match=said):
+        read([row | {"question": "Where?"}], "pairs")
+    assert len(read([row | {"messages": turns("What is it?", "A cat.", keys=CHAT)}], "pairs")) == 1
+    with pytest.raises(InputError, match="the columns messages, and conversations; drop those of one"):
+        read([SFT["trl messages"] | {"conversations": turns("Who?", "A dog.")}], "sft")
+
+
 def test_equal_texts_are_a_tie() -> None:
     rows = [
         {"images": [picture(1)], "chosen": "Is it? Yes.", "rejected": text}

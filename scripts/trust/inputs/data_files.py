@@ -14,9 +14,8 @@ from pictures import png
 from trial import Trial
 from world import World
 
+from inputs._tables import FORMATS, made, or_refused, picture, write_pairs_at, write_pictures, write_rows
 from prefopt.diffusion.tables import read_preferences
-
-from ._tables import FORMATS, made, or_refused, picture, write_pairs_at, write_pictures, write_rows
 
 
 def damaged(form: str, kind: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:

@@ -16,11 +16,10 @@ from PIL import Image
 from trial import Trial
 from world import World
 
+from inputs._tables import or_refused
 from prefopt.diffusion.latents import prepare_image
 from prefopt.diffusion.tables import read_preferences
 from prefopt.vlm.examples import read_vision_examples
-
-from ._tables import or_refused
 
 PAIRS = datasets.Features(prompt=datasets.Value("string"), chosen=datasets.Image(), rejected=datasets.Image())
 ANSWERS = datasets.Features(

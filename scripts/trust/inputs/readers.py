@@ -7,7 +7,7 @@ from typing import Any
 from trial import Trial, program
 from world import World
 
-from ._tables import FORMATS, LONG, SECRET, picture, reading, write_rows
+from inputs._tables import FORMATS, LONG, SECRET, picture, reading, write_rows
 
 PATHS = {
     "missing": ("pictures/99.png", "not there"),
