@@ -64,7 +64,7 @@ class SelfRewardingConfig(BuilderConfig, PromptOptions):
         PromptOptions.__post_init__(self)
         written = [] if self.prompts else ["writer_model_name_or_path"]
         pocket.fill_defaults(self, self.models, *written, "detector")
-        check_paths_exist(self, "detector")
+        check_paths_exist(self, "detector", "writer_model_name_or_path")
 
 
 def main(

@@ -24,7 +24,14 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefopt.adapters import ADAPTER_FILE, ANEW, CONFIG_FILE, adapter_folder
+from prefopt.adapters import (
+    ADAPTER_FILE,
+    ANEW,
+    CONFIG_FILE,
+    adapter_folder,
+    check_base_unchanged,
+    header_configs,
+)
 from prefopt.diffusion.generator import adapter_file
 from prefopt.errors import InputError
 from prefopt.files import open_tensors, read_object, replacing, reporting_write_errors, write_atomically
@@ -45,8 +52,6 @@ _REFUSED = {  # options of peft's LoraConfig
     **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config"), _OTHER),
     **dict.fromkeys(("monteclora_config", "use_bdlora", "use_qalora"), _OTHER),
 }
-# Other initialisations take what they put into the factors out of the base weights.
-_BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
 LARGEST_ALPHA = 1e9
 _EQUAL = ("fan_in_fan_out", "layer_replication", "trainable_token_indices")
 
@@ -138,27 +143,6 @@ def read_adapter(adapter: str | Path) -> AdapterFile:
     return _described(name, file, tensors, configs)
 
 
-def header_configs(file: Path, name: str) -> dict[str, dict[str, Any]]:
-    """The configs in the header of a file that diffusers loads, by component."""
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY  # a folder of peft's needs no diffusers
-
-    header = open_tensors(file, ANEW).metadata() or {}
-    if "alpha" in header:
-        raise InputError(f"{name} has an alpha in its header, which not every pipeline reads; save it anew")
-    configs: dict[str, dict[str, Any]] = {}
-    text = header.get(LORA_ADAPTER_METADATA_KEY, "{}")
-    try:
-        options = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the config in the header of {name} is no JSON: {error}. {ANEW}") from error
-    if not isinstance(options, dict):
-        raise InputError(f"the config in the header of {name} is {text[:40]!r}, not an object. {ANEW}")
-    for key, value in options.items():
-        part, _, option = key.partition(".")
-        configs.setdefault(f"{part}.", {})[option] = value
-    return configs
-
-
 def _check_config(config: Mapping[str, Any], name: str) -> None:
     """InputError unless this is a LoRA whose update is scaling * B A, on the base weights as they are."""
     kind = config.get("peft_type", "LORA")
@@ -170,16 +154,6 @@ def _check_config(config: Mapping[str, Any], name: str) -> None:
     if not isinstance(layers, str | list | None) or not all(isinstance(layer, str) for layer in layers or ()):
         raise InputError(f"{name}: its target_modules are {layers}, no names of layers. {ANEW}")
     check_base_unchanged(config, name)
-
-
-def check_base_unchanged(config: Mapping[str, Any], name: str) -> None:
-    """InputError for an adapter whose loading would change the weights that it is put on."""
-    start = config.get("init_lora_weights", True)
-    if start not in _BASE_UNCHANGED:
-        raise InputError(
-            f"{name} is no plain LoRA: it was initialised by {start}, which may change the base weights. "
-            "Save it as a plain LoRA: save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
 
 
 def _described(name: str, path: Path, tensors: Any, configs: dict[str, dict[str, Any]]) -> AdapterFile:

@@ -4,6 +4,7 @@ When training starts from a trained adapter (SFT, then DPO), that adapter stays 
 frozen, under the name `reference`: what was trained before is part of what the policy is compared with.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from prefopt.hub import adapter_place
 POLICY, REFERENCE = "default", "reference"  # names of adapters
 CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # in peft's format
 ANEW = "Save or download the adapter again, or name another one"  # what to do about a damaged one
+# Other initialisations take what they put into the factors out of the base weights.
+_BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def lora_config(arguments: LoraArguments, default_targets: list[str] | str, **kwargs: Any) -> LoraConfig:
@@ -108,6 +111,37 @@ def adapter_folder(adapter: str) -> str:
     read_object(folder / CONFIG_FILE, ANEW)
     open_tensors(folder / ADAPTER_FILE, ANEW)
     return str(folder)
+
+
+def header_configs(file: Path, name: str) -> dict[str, dict[str, Any]]:
+    """The configs in the header of a file that diffusers loads, by component."""
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY  # a folder of peft's needs no diffusers
+
+    header = open_tensors(file, ANEW).metadata() or {}
+    if "alpha" in header:
+        raise InputError(f"{name} has an alpha in its header, which not every pipeline reads; save it anew")
+    configs: dict[str, dict[str, Any]] = {}
+    text = header.get(LORA_ADAPTER_METADATA_KEY, "{}")
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the config in the header of {name} is no JSON: {error}. {ANEW}") from error
+    if not isinstance(options, dict):
+        raise InputError(f"the config in the header of {name} is {text[:40]!r}, not an object. {ANEW}")
+    for key, value in options.items():
+        part, _, option = key.partition(".")
+        configs.setdefault(f"{part}.", {})[option] = value
+    return configs
+
+
+def check_base_unchanged(config: Mapping[str, Any], name: str) -> None:
+    """InputError for an adapter whose loading would change the weights that it is put on."""
+    start = config.get("init_lora_weights", True)
+    if start not in _BASE_UNCHANGED:
+        raise InputError(
+            f"{name} is no plain LoRA: it was initialised by {start}, which may change the base weights. "
+            "Save it as a plain LoRA: save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
 
 
 def difference_of_adapter(model: PeftModel, file: Path, weights: Mapping[str, Tensor] | None = None) -> str:

@@ -48,9 +48,9 @@ class Parser(HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser: Any, field: dataclasses.Field) -> None:
-        """Add an option; its range is not argparse's, but checked where the config is made."""
+        """Add an option; its range and its needs are not argparse's, but checked where the config is made."""
         plain: Any = copy(field)
-        plain.metadata = {name: value for name, value in field.metadata.items() if name != "within"}
+        plain.metadata = {k: v for k, v in field.metadata.items() if k not in ("within", "needs")}
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
     def print_help(self, file=None) -> None:

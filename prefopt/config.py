@@ -75,7 +75,7 @@ class PreferenceConfig(TrainingArguments):
         const=LATEST,
     )
     output_dir: str = option("runs/preference", "Folder for the trained model, checkpoints and logs.")
-    remove_unused_columns: bool | None = option(False, "Has no effect here.")
+    remove_unused_columns: bool | None = option(False, "Cannot be true here.")
     logging_steps: float = option(10, "Log every N steps.", within="(0, 1e9]")
     logging_first_step: bool = option(True, "Log the first step, too: for dpo its loss is ln 2, 0.6931.")
     logging_nan_inf_filter: bool = option(

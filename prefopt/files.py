@@ -19,16 +19,17 @@ from prefopt.errors import InputError
 
 # What the errors of torch's writer name.
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error", "Parent directory")
-# What to do about a failure to write, by its number; torch gives none.
-ADVICE = {
-    None: "Free some space if the disk is full",
+# What to do about a failure to write, by its number.
+_ADVICE = {
     errno.ENOSPC: "Free some space",
     errno.EDQUOT: "Free some space",
+    errno.EFBIG: "Raise the largest size of a file (ulimit -f)",
     errno.EROFS: "This disk is read-only: make it writable",
     errno.EACCES: "Change its permissions",
     errno.EPERM: "Change its permissions",
     errno.EEXIST: "There is a file where a folder is needed: move it away",
     errno.ENOTDIR: "There is a file where a folder is needed: move it away",
+    errno.ENOENT: "If its folder was removed meanwhile, run the same command again",
 }
 os.umask(_mask := os.umask(0))
 _NEW_FILE = 0o666 & ~_mask  # permissions
@@ -152,16 +153,21 @@ def reporting_write_errors(what: object) -> Iterator[None]:
         # torch reports a full disk as a RuntimeError of its writer; others are not about the disk.
         if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_WRITER):
             raise
-        raise InputError(f"could not write {what}: {error}. {_advice(error)}") from error
+        raise InputError(f"could not write {what}: {error}. {advice(_number(error))}") from error
 
 
-def _advice(error: Exception) -> str:
-    """What to do about a failure to write; libraries that are not Python's name its number in their text."""
+def _number(error: Exception) -> int | None:
+    """The errno of a failure; libraries that are not Python's name it in their text, or not at all."""
+    if "Parent directory" in str(error):
+        return errno.ENOENT
     named = re.search(r"\berr(?:or|no) (\d+)", str(error), re.IGNORECASE)
-    number = getattr(error, "errno", None) or (int(named[1]) if named else None)
-    if number == errno.ENOENT or "Parent directory" in str(error):
-        return "The folder was removed meanwhile: run the same command again"
-    return ADVICE.get(number, "Check the disk") + ", or name another folder"
+    return getattr(error, "errno", None) or (int(named[1]) if named else None)
+
+
+def advice(number: int | None) -> str:
+    """What to do about a failure to write of this errno; None: it is not known."""
+    unknown = "Check the disk, which may be full, broken or read-only"
+    return f"{_ADVICE.get(number or 0, unknown)}, or name another folder"
 
 
 def make_readable(*paths: Path) -> None:

@@ -54,6 +54,6 @@ def begin_worker(then: Callable[[int], None] | None, number: int) -> None:
         then(number)
 
 
-def has_lost_a_process(error: RuntimeError) -> bool:
+def has_lost_a_process(error: Exception) -> bool:
     """Whether this process waited for another one, which has ended or cannot be reached."""
     return any(part in str(error) for part in LOST)

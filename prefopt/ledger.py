@@ -1,5 +1,6 @@
 """Results of model calls, kept on disk by content key: what is here need not be computed again."""
 
+import errno
 import json
 import sqlite3
 import zlib
@@ -10,10 +11,16 @@ from typing import Any
 from urllib.parse import quote
 
 from prefopt.errors import InputError
-from prefopt.files import reporting_write_errors
+from prefopt.files import advice, reporting_write_errors
 
 WAIT = 60.0  # seconds for another process to end its writing
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)  # the last: no such table
+_NUMBERS = {  # the errno of SQLite's errors
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_CANTOPEN: errno.ENOENT,
+}
 _TABLE = "CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, value BLOB NOT NULL, crc INT NOT NULL)"
 _ADD = "INSERT OR REPLACE INTO results VALUES (?, ?, ?)"
 # A damaged file may hold a value of any type.
@@ -113,10 +120,10 @@ def _reporting_errors(file: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode & 0xFF in _DAMAGED:  # the other bits are details
             raise InputError(_damaged(file, error)) from error
-        raise InputError(
-            f"could not read or write {file}: {error}. Free some space, wait until no other process uses it, "
-            "or name another folder"
-        ) from error
+        kind = error.sqlite_errorcode & 0xFF
+        if kind == sqlite3.SQLITE_BUSY:
+            raise InputError(f"{file}: {error}. Wait until no other process uses it") from error
+        raise InputError(f"could not write {file}: {error}. {advice(_NUMBERS.get(kind))}") from error
 
 
 def _damaged(file: Path, why: object) -> str:

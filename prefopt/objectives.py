@@ -282,7 +282,7 @@ def objective_of(options: ObjectiveOptions, beta: float) -> Objective:
 
 @dataclass
 class _WithBeta(ObjectiveOptions):
-    beta: float = 0.1
+    beta: float = option(0.1, "Multiplies margins.", within="(0, 1e9]")
 
 
 def make_objective(loss_type: str = "dpo", *, beta: float, **options: Any) -> Objective:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import Field, field, fields
+from dataclasses import MISSING, Field, field, fields
 from difflib import get_close_matches
 from enum import Enum
 from math import isfinite
@@ -78,12 +78,15 @@ LONGEST = 4096  # characters of a text, as of a path
 LARGEST = 10**15  # of whole numbers, which are then exact as floats, too
 
 
-def option(default: Any, help: str, within: str | None = None, **parser: Any) -> Any:
-    """A field of a config: its default, its help on the command line, and the range of its numbers.
+def option(
+    default: Any, help: str, within: str | None = None, needs: str | None = None, **parser: Any
+) -> Any:
+    """A field of a config: its default, its help on the command line, and when it can have another value.
 
-    `within` is an interval such as `[0, 1)` or `[2, inf)`; `parser` is argparse's.
+    `within` is the interval of its numbers, such as `[0, 1)` or `[2, inf)`; `needs` names the options without
+    which it has no effect, as `adapter or sources`, or `regulariser=r1`; `parser` is argparse's.
     """
-    metadata = {"help": help, **({"within": within} if within else {}), **parser}
+    metadata = {"help": help, "within": within, "needs": needs, **parser}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -109,7 +112,8 @@ def check_options(config: object) -> None:
     hints = get_type_hints(type(config))
     for each in fields(config):  # pyright: ignore[reportArgumentType]
         value = getattr(config, each.name)
-        if value is None or value == each.default:
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if value is None or value == default:
             continue
         types = option_types(hints[each.name])
         for one in value if isinstance(value, list) else [value]:
@@ -118,8 +122,21 @@ def check_options(config: object) -> None:
             elif isinstance(one, str):
                 _check_text(f"--{each.name}", one)
                 _check_choice(f"--{each.name}", one, types)
+        if needs := each.metadata.get("needs"):
+            _check_needs(config, each.name, needs)
         if each.name in FOLDERS:
             _check_folder(f"--{each.name}", str(value))
+
+
+def _check_needs(config: object, name: str, needs: str) -> None:
+    """InputError for an option that has no effect without one of some others, of which none is given."""
+    for other in needs.split(" or "):
+        option, _, value = other.partition("=")
+        given = getattr(config, option)
+        if given == value if value else given:
+            return
+    wanted = needs.replace("=", " ").replace(" or ", " or --")
+    raise InputError(f"--{name} has no effect without --{wanted}; add that, or leave it out")
 
 
 def check_number(where: str, value: Any, interval: str | None = None, *, whole: bool = False) -> None:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from prefopt.config import LATEST
 from prefopt.errors import InputError
 from prefopt.files import read_object
+from prefopt.interrupts import has_lost_a_process
 from prefopt.loading import UNUSABLE, first_line
 from prefopt.model_files import check_files
 from prefopt.runs import refuse_earlier_run
@@ -91,6 +92,8 @@ def reading(checkpoint: str | Path, what: str) -> Iterator[None]:
             f"the {what} in {checkpoint} cannot be loaded: {reason}. {_remedy(checkpoint)}"
         ) from error
     except (EOFError, *UNUSABLE) as error:
+        if has_lost_a_process(error):  # no fault of the checkpoint's
+            raise
         reason = first_line(error)
         raise InputError(
             f"the {what} in {checkpoint} cannot be loaded: {reason}. {_remedy(checkpoint)}"

@@ -38,7 +38,11 @@ def fill_presets(
         beginning = preset.stem.removesuffix(f"_{pocket.NAME}")
         file = str(preset if file == pocket.NAME else find_config(name, file, beginning))
         setattr(config, name, file)
-        if not isinstance(read_yaml(file), dict):
+        try:
+            entries = read_yaml(file)
+        except InputError as error:
+            raise InputError(f"--{name}: {file} is no YAML file of options: {error}") from error
+        if not isinstance(entries, dict):
             raise InputError(f"--{name}: {file} is no YAML file of options, each a name with a value")
 
 

@@ -1,13 +1,13 @@
 """What the options of transformers' Trainer need to be, which checks them late, after encoding, or never."""
 
 import json
+import os
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
-from transformers.trainer_pt_utils import AcceleratorConfig
 
 from prefopt.errors import InputError
 from prefopt.options import shown
@@ -31,7 +31,20 @@ IDLE = {
     "do_predict": "",
 }
 # Options that only evaluation reads.
-OF_EVALUATION = ("eval_steps", "eval_delay", "metric_for_best_model", "load_best_model_at_end")
+OF_EVALUATION = (
+    "bf16_full_eval",
+    "eval_accumulation_steps",
+    "eval_delay",
+    "eval_on_start",
+    "eval_steps",
+    "fp16_full_eval",
+    "greater_is_better",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+)
+OF_UPLOADING = ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token")
+OF_ACCELERATE = ("non_blocking", "use_configured_state")  # the rest is about batches, which are planned here
+OF_WORKERS = ("dataloader_multiprocessing_context", "dataloader_persistent_workers")
 
 
 def check_trainer_options(config: TrainingArguments) -> None:
@@ -39,12 +52,21 @@ def check_trainer_options(config: TrainingArguments) -> None:
     _refuse_idle(config)
     _read_mappings(config)
     _check_evaluation(config)
+    for names, needed in ((OF_UPLOADING, "push_to_hub"), (OF_WORKERS, "dataloader_num_workers")):
+        for name in names:
+            if not getattr(config, needed) and not _is_default(config, name):
+                raise InputError(f"--{name} has no effect without --{needed}; add that, or leave it out")
     if _word(config.lr_scheduler_type) == "constant" and config.warmup_steps:
         raise InputError(
             "--warmup_steps has no effect with --lr_scheduler_type constant; take constant_with_warmup, or "
             "leave it out"
         )
     _check_compiling(config)
+    if config.ddp_backend and "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            "--ddp_backend is for several processes, and this is one: start them with torchrun or accelerate "
+            "launch, or leave it out"
+        )
 
 
 def check_training(config: TrainingArguments) -> None:
@@ -56,6 +78,8 @@ def check_training(config: TrainingArguments) -> None:
 
 def _refuse_idle(config: TrainingArguments) -> None:
     """InputError for an option that nothing here reads: it would be a promise not kept."""
+    if config.remove_unused_columns:
+        raise InputError("--remove_unused_columns would drop what this recipe reads; leave it out")
     for name, instead in IDLE.items():
         if not _is_default(config, name):
             raise InputError(f"--{name} has no effect in this recipe{instead}; leave it out")
@@ -83,12 +107,15 @@ def _read_mappings(config: TrainingArguments) -> None:
         if not isinstance(mapping, dict):
             raise InputError(f"--{name} is {shown(given)}; it is a JSON object, {{...}}")
         setattr(config, name, mapping)
+    if config.deepspeed == {}:
+        raise InputError("--deepspeed is empty; name a JSON file of its settings, or leave it out")
     if isinstance(config.accelerator_config, dict):
-        known = [field.name for field in fields(AcceleratorConfig)]
-        if unknown := [name for name in config.accelerator_config if name not in known]:
-            raise InputError(
-                f"--accelerator_config has no {shown(unknown[0])}; it has {', '.join(sorted(known))}"
-            )
+        for name in config.accelerator_config:
+            if name not in OF_ACCELERATE:
+                raise InputError(
+                    f"--accelerator_config: {shown(name)} cannot be set, for the order and the "
+                    f"batches of an epoch are planned here; it takes {' and '.join(OF_ACCELERATE)}"
+                )
 
 
 def _check_evaluation(config: TrainingArguments) -> None:

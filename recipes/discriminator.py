@@ -44,7 +44,7 @@ class DiscriminatorConfig(PreferenceConfig, DatasetArguments, ImageArguments):
         "Against overfitting: a penalty on its gradient at real images (r1, arXiv 1801.04406), weights "
         "divided by their largest singular value (spectral, arXiv 1802.05957), or none.",
     )
-    r1_gamma: float = option(0.1, "For r1: weight of the penalty.", within="(0, 1e9]")
+    r1_gamma: float = option(0.1, "For r1: weight of the penalty.", within="(0, 1e9]", needs="regulariser=r1")
     output_dir: str = option("runs/discriminator", "Folder for the discriminator, checkpoints and logs.")
     learning_rate: float = option(3e-4, "The initial learning rate.", within="(0, inf)")
 
@@ -54,6 +54,8 @@ class DiscriminatorConfig(PreferenceConfig, DatasetArguments, ImageArguments):
             raise InputError(
                 "--dataset_name is missing: name what data_builders/discriminator_pairs.py wrote"
             )
+        if self.reference != "live":
+            raise InputError("--reference cache: a discriminator has no reference; leave it out")
         if self.eval_strategy != "no":
             raise InputError("--eval_strategy: a discriminator is measured after its last step; leave it out")
         if self.sharding:

@@ -189,7 +189,8 @@ def test_a_command_that_has_rotted_is_noticed(words, said, monkeypatch):
 
 
 def test_options_that_are_named_are_some_programs(monkeypatch):
-    known = set(OTHERS)
+    launcher = [option for action in launch_command_parser()._actions for option in action.option_strings]
+    known = {*OTHERS, *launcher}
     monkeypatch.setattr(cli, "run", lambda main, config: known.update(options_of(config)))
     for path in PROGRAMS:
         runpy.run_path(str(path), run_name="__main__")

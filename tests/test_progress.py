@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from transformers import TrainerControl
 
 from prefopt import progress
-from prefopt.progress import progress_bar
+from prefopt.progress import close_bars, progress_bar
 from prefopt.runs import Progress
 
 
@@ -55,3 +55,12 @@ def test_a_training_logs_its_figures_beside_the_bar(monkeypatch, capsys):
     assert capsys.readouterr().out == "step 2: loss 0.5, rewards/margins 0.25\n"
     shown = sys.stderr.getvalue().splitlines()
     assert shown[0].startswith("training:   0%") and shown[-1].startswith("training:  50%")
+
+
+def test_an_error_is_the_last_word(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", file := io.StringIO())
+    bar = progress_bar(total=3, desc="images")
+    close_bars()
+    print("error: no space", file=sys.stderr)
+    del bar
+    assert file.getvalue().splitlines()[-1] == "error: no space"

@@ -6,6 +6,8 @@ import random
 import signal
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -13,6 +15,7 @@ from launching import die_at_save, launch, torchrun
 from pictures import write_pairs
 from running import logged
 
+from prefopt.checkpoints import CheckpointingTrainer
 from prefopt.files import exclusive_lock
 from prefopt.hub import ADAPTER_FILE
 from prefopt.programs import INTERRUPTED, TERMINATED
@@ -121,6 +124,19 @@ def test_a_finished_run_repeated_trains_nothing(setting, tmp_path, killed):
     assert adapter.read_bytes() == before
     assert metrics.read_bytes() == lines and len(losses) == 3
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(2, None, [10, 9]), (2, 1, [10, 1]), (1, None, [10]), (None, None, [10, 9, 2, 1])],
+)
+def test_the_oldest_checkpoints_go_but_not_the_best(tmp_path, limit, best, left):
+    for step in (1, 2, 9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    state = SimpleNamespace(best_model_checkpoint=best and str(tmp_path / f"checkpoint-{best}"))
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(save_total_limit=limit), state=state)
+    CheckpointingTrainer._rotate(trainer, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in left}
 
 
 def test_two_trainings_in_one_folder_are_an_error(setting, tmp_path):

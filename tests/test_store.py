@@ -1,15 +1,18 @@
 """The stores of what was computed once: whole shards, several writers, no silent reuse, and full disks."""
 
+import errno
 import json
+import os
 import pickle
 from multiprocessing import get_context
 
 import pytest
 import torch
 from disks import limited_files
+from safetensors import SafetensorError
 
 from prefopt.errors import InputError
-from prefopt.files import content_key, reporting_write_errors, write_atomically
+from prefopt.files import content_key, exclusive_lock, reporting_write_errors, write_atomically
 from prefopt.store import TensorStore, tensors_key
 
 IDENTITY = {"weights": "abc", "resolution": "64"}
@@ -98,7 +101,7 @@ def test_what_another_process_wrote_is_seen_after_refresh(tmp_path):
 
 def test_a_full_disk_is_an_error_and_leaves_the_store_as_it_was(tmp_path):
     store = TensorStore(tmp_path, IDENTITY)
-    with pytest.raises(InputError, match=f"could not write {tmp_path}.*Free some space"), limited_files(1000):
+    with pytest.raises(InputError, match=f"could not write {tmp_path}.*size of a file"), limited_files(1000):
         store.write({"a": {"mean": torch.zeros(10_000)}})
     assert len(store) == len(TensorStore(tmp_path, IDENTITY)) == 0
     store.write({"b": {"mean": torch.zeros(10)}})
@@ -112,6 +115,34 @@ def test_a_full_disk_under_torch_save_is_named_too(tmp_path):
         reporting_write_errors("the optimizer"),
     ):
         torch.save(torch.zeros(10_000), tmp_path / "optimizer.pt")
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "Free some space"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "read-only: make it writable"),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "Check the disk"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "Change its permissions"),
+        (FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)), "a file where a folder is needed"),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), "run the same command again"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "Free some space"),
+        (RuntimeError("Parent directory /x does not exist."), "run the same command again"),
+        (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos"), "Check the disk"),
+    ],
+    ids=str,
+)
+def test_a_failure_to_write_says_what_to_do(error, advice):
+    said = f"could not write the file: .*{advice}"
+    with pytest.raises(InputError, match=said), reporting_write_errors("the file"):
+        raise error
+
+
+def test_a_lock_sweeps_what_a_killed_run_left_half_written(tmp_path):
+    (tmp_path / ".results.jsonl.0123456789abcdef").write_text("{")
+    (tmp_path / ".mine").write_text("stays")
+    with exclusive_lock(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".mine"]
 
 
 def test_other_errors_pass_through_writing():

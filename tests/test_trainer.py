@@ -315,6 +315,19 @@ def test_dropout_acts_on_the_policy_and_never_on_the_reference(setting, tmp_path
     assert trainer.model.training
 
 
+def test_dropout_depends_on_the_seed_and_not_on_what_is_in_the_cache(setting, tmp_path):
+    """Guards: a run that is killed before its first checkpoint and does not end alike."""
+    options = {
+        "reference": "cache",
+        "lora_dropout": 0.5,
+        "max_steps": 2,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    for name in ("computed", "found"):
+        train(setting, tmp_path / name, **options)
+    assert logged(tmp_path / "computed") == logged(tmp_path / "found")
+
+
 def test_reference_restores_everything_after_an_error(setting, tmp_path):
     model = train(setting, tmp_path, max_steps=1).model.train()
     before = {name: value.requires_grad for name, value in model.named_parameters()}

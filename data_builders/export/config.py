@@ -3,8 +3,11 @@
 import re
 from dataclasses import dataclass
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from prefopt.errors import InputError
-from prefopt.options import option
+from prefopt.options import option, shown
 
 UNKNOWN = "unknown"
 
@@ -21,7 +24,12 @@ class HubOptions:
     )
 
     def check_hub(self) -> None:
-        """InputError for a license that the hub would refuse, after hours of building."""
+        """InputError for a dataset id or a license that the hub would refuse, after hours of building."""
+        if self.push_to_hub is not None:
+            try:
+                validate_repo_id(self.push_to_hub)
+            except HFValidationError as error:
+                raise InputError(f"--push_to_hub {shown(self.push_to_hub)}: {str(error)[:300]}") from error
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             raise InputError(
                 f"--license {self.license!r}: write it as the hub does, in small letters and without spaces: "

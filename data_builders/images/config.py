@@ -20,7 +20,7 @@ class BuilderConfig(HubOptions, GenerationOptions):
     candidates: int = option(8, "Images per prompt.", within="[2, 10000]")
     seed: int = option(0, "The seeds of the images follow from it.", within="[0, 4294967295]")
     adapter: str | None = option(None, "LoRA for that model: a folder, a file or a hub id.")
-    adapter_scale: float = option(1.0, "The LoRA's weight.", within=SCALE)
+    adapter_scale: float = option(1.0, "The LoRA's weight.", within=SCALE, needs="adapter or sources")
     sources: list[str] = option(
         [],
         "Several models in place of one, used in turn for a prompt's candidates; each quoted: "
@@ -53,7 +53,9 @@ class BuilderConfig(HubOptions, GenerationOptions):
         "scores stay the judge's. (Default: the judge alone; for a discriminator alone name it as the judge, "
         "with --rubric reward.)",
     )
-    discriminator_revision: str | None = option(None, "Revision of the discriminator on the hub.")
+    discriminator_revision: str | None = option(
+        None, "Revision of the discriminator on the hub.", needs="discriminator_name_or_path"
+    )
     calibrate: bool = option(True, "Subtract the judge's answers about an empty image.")
 
     pair_rule: PairRule = option("best_worst", "Which ranked candidates become pairs.")

@@ -36,7 +36,7 @@ class PromptOptions:
     def __post_init__(self) -> None:
         check_options(self)
         # Hours of other work come before these are read.
-        check_paths_exist(self, "writer_model_name_or_path", "prompts")
+        check_paths_exist(self, "prompts")
         if not self.classes:
             raise InputError("--classes is empty; name one or more")
         for number, name in enumerate(self.classes):

@@ -45,10 +45,16 @@ class TimestepArguments:
         "(stratified), or most often around the middle (logit_normal, arXiv 2403.03206).",
     )
     logit_mean: float = option(
-        0.0, "For logit_normal: above 0, more noise; below, less.", within="[-100, 100]"
+        0.0,
+        "For logit_normal: above 0, more noise; below, less.",
+        within="[-100, 100]",
+        needs="timestep_distribution=logit_normal",
     )
     logit_std: float = option(
-        1.0, "For logit_normal: the larger, the more often the ends.", within="(0, 100]"
+        1.0,
+        "For logit_normal: the larger, the more often the ends.",
+        within="(0, 100]",
+        needs="timestep_distribution=logit_normal",
     )
 
     def check_timesteps(self, visits: int | None) -> None:
@@ -71,7 +77,9 @@ class DiscriminatorArguments:
         "(default: none).",
     )
     discriminator_weight: float = option(
-        2.0, "Weight of that term, softplus(-d(predicted clean latents)).", within="[0, 1e9]"
+        2.0,
+        "Weight of that term, softplus(-d(predicted clean latents)).",
+        within="[0, 1e9]",
     )
     discriminator_window: list[float] = option(
         [0.0, 0.5],
@@ -82,7 +90,10 @@ class DiscriminatorArguments:
         "frozen", "The discriminator stays as it is (frozen), or is trained on the predictions (adversarial)."
     )
     discriminator_learning_rate: float = option(
-        1e-4, "For adversarial: the discriminator's learning rate.", within="(0, inf)"
+        1e-4,
+        "For adversarial: the discriminator's learning rate.",
+        within="(0, inf)",
+        needs="discriminator_mode=adversarial",
     )
 
     def check_discriminator(self, *, fp16: bool) -> None:
@@ -106,15 +117,22 @@ class ValidationArguments:
         "every --validation_steps and at the end (default: none).",
     )
     validation_steps: int = option(
-        100, "For --validation_prompts: generate every N steps.", within="[1, 1e9]"
+        100,
+        "For --validation_prompts: generate every N steps.",
+        within="[1, 1e9]",
+        needs="validation_prompts",
     )
     validation_inference_steps: int = option(
-        30, "For --validation_prompts: denoising steps of an image.", within="[1, 10000]"
+        30,
+        "For --validation_prompts: denoising steps of an image.",
+        within="[1, 10000]",
+        needs="validation_prompts",
     )
     validation_guidance_scale: float = option(
         3.0,
         "For --validation_prompts: classifier-free guidance; 1 is none. Real models need about 7.5.",
         within="[0, 1000]",
+        needs="validation_prompts",
     )
 
     def check_validation(self, *, sharded: bool) -> None:

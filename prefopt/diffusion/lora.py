@@ -15,14 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prefopt.adapter_files import check_base_unchanged, header_configs
 from prefopt.adapters import (
     ANEW,
     POLICY,
     REFERENCE,
     adapter_layers,
     apply_options,
+    check_base_unchanged,
     check_scalings,
+    header_configs,
     lora_config,
 )
 from prefopt.config import LoraArguments

@@ -47,7 +47,10 @@ class VlmConfig(RecipeConfig):
         within="(0, 1e9]",
     )
     split_seed: int = option(
-        0, "Seed that decides which images --test_size holds out.", within="[0, 4294967295]"
+        0,
+        "Seed that decides which images --test_size holds out.",
+        within="[0, 4294967295]",
+        needs="test_size",
     )
     group_by_image: bool = option(
         False,
@@ -83,6 +86,14 @@ class VlmConfig(RecipeConfig):
             raise InputError("--test_size and --dataset_test_split: leave one of them out")
         if self.vision_features == "cache" and self.dataset_test_split is not None:
             raise InputError("--vision_features cache keeps those of one split; use --test_size to hold out")
+        if self.visits not in (None, 1):
+            raise InputError(
+                "--visits has no effect on language: an epoch reads every example alike; leave it out"
+            )
+        if self.test_size is not None and self.test_size >= 1 and self.test_size % 1:
+            raise InputError(
+                f"--test_size is {self.test_size}; from 1 on it is a number of examples, a whole one"
+            )
         self.visits = 1  # nothing of an example is random: every epoch reads it alike
         if not self.shared_prefix and (self.vision_features == "cache" or self.row_tokens):
             raise InputError(

@@ -26,7 +26,6 @@ from transformers import (
     ProcessorMixin,
 )
 
-from prefopt.adapter_files import check_base_unchanged
 from prefopt.adapters import (
     ADAPTER_FILE,
     ANEW,
@@ -34,6 +33,7 @@ from prefopt.adapters import (
     POLICY,
     REFERENCE,
     adapter_folder,
+    check_base_unchanged,
     check_scalings,
     difference_of_adapter,
     lora_config,

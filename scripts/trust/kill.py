@@ -122,6 +122,8 @@ def main() -> int:
     options.add_argument("--json", type=Path, help="a file to write the rounds to")
     given = options.parse_args()
     check_complete()
+    from prefopt.runs import versions
+
     rounds: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="prefopt-kill-") as folder, planning(Path(folder)) as plan:
         place = Workplace(given.folder or Path(folder))
@@ -130,12 +132,14 @@ def main() -> int:
             chance = random.Random(f"{given.seed} {number} {name}")
             rounds.append(killed_round(place, plan, name, chance, given.most))
             print(*table(rounds[-1:]).splitlines()[1:-1], sep="\n", flush=True)
+            if given.json:
+                facts = {
+                    "seed": given.seed,
+                    "rounds": [asdict(one) for one in rounds],
+                    "versions": versions(),
+                }
+                given.json.write_text(json.dumps(facts, indent=2) + "\n")
     print(table(rounds))
-    if given.json:
-        from prefopt.runs import versions
-
-        facts = {"seed": given.seed, "rounds": [asdict(one) for one in rounds], "versions": versions()}
-        given.json.write_text(json.dumps(facts, indent=2) + "\n")
     return int(not all(one.holds for one in rounds))
 
 

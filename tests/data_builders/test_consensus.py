@@ -383,11 +383,11 @@ def test_one_judge_is_loaded_at_a_time(tmp_path):
     [
         ({"judges": []}, "--judges is missing: only the dataset `pocket` has a default"),
         ({"judges": ["a", "b", "a"]}, "--judges names 'a' twice"),
-        ({"judges": [""]}, "write the judge's name first"),
+        ({"judges": [""]}, "--judges is empty"),
         ({"judges": ["rubric=reward"]}, "write the judge's name first"),
         ({"judges": ["a size=3"]}, "unknown 'size'; known are rubric, revision, dtype, url"),
         ({"judges": ["a dtype=int8"]}, "dtype is 'int8'; choose from float32"),
-        ({"judges": ["a rubric=nothing"]}, "no rubric could be read from nothing"),
+        ({"judges": ["a rubric=nothing"]}, "there is no rubric 'nothing'"),
         ({"judges": ["a rubric=class_conditional"]}, "rubric class_conditional does not fit"),
         ({"min_agreement": 1.1}, r"--min_agreement is 1.1; it lies in \[0, 1\]"),
         ({"min_agreement": -0.1}, r"--min_agreement is -0.1; it lies in \[0, 1\]"),

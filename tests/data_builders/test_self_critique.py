@@ -509,7 +509,7 @@ def test_a_resumed_run_may_have_nothing_left_but_what_cannot_be_read(workplace):
         ({"dataset_name": None, "model_name_or_path": "my/vlm"}, "--dataset_name is missing"),
         ({"answers": 1}, r"--answers is 1; it lies in \[2, 16\]"),
         ({"temperature": 0.0}, r"--temperature is 0\.0"),
-        ({"margin": 0.6}, r"--margin is 0\.6; it lies in \[0, 0\.5\]"),
+        ({"margin": 0.6}, r"--margin is 0\.6; it lies in \[0, 0\.5\)"),
         ({"seed": -1}, "--seed is -1"),
         ({"adapter": "./nowhere"}, "--adapter: there is no ./nowhere"),
         ({"critic_url": "http://localhost:1"}, "--critic_name_or_path is missing"),

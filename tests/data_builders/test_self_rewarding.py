@@ -269,11 +269,11 @@ def test_a_full_disk_is_named_and_loses_nothing(workplace, monkeypatch):
     ("changes", "message"),
     [
         ({"classes": []}, "--classes is"),
-        ({"classes": ["lion", "lion"]}, "each once"),
+        ({"classes": ["lion", "lion"]}, "--classes names 'lion' twice"),
         ({"exports": ["sft", "all"]}, "--exports all is unknown"),
         ({"detection_threshold": 0.0}, r"--detection_threshold is 0\.0"),
         ({"candidates": 2, "sources": ["a", "b", "c"]}, "3 --sources for 2 --candidates"),
-        ({"rubric": "nowhere"}, "no rubric could be read from nowhere"),
+        ({"rubric": "nowhere"}, "there is no rubric 'nowhere'"),
         ({"judge_model_name_or_path": "models/of/mine"}, "--judge_model_name_or_path: there is no models/of"),
         ({"detector": "./owl"}, "--detector: there is no ./owl"),
         ({"classes": ["lion"]}, "the prompt 'a zebra in snow' names none of the classes"),

@@ -427,7 +427,7 @@ def test_without_arguments_the_pocket_generates_images_of_160_of_its_captions():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"candidates": 1}, "--candidates is 1; it is 2 or more"),
+        ({"candidates": 1}, r"--candidates is 1; it lies in \[2, 10000\]"),
         ({"min_margin": float("nan")}, "--min_margin is nan"),
         ({"test_fraction": 1.0}, "--test_fraction"),
         ({"height": 12}, "--height is 12; it is a multiple of 8"),

@@ -146,6 +146,21 @@ def test_a_rerun_draws_nothing_and_asks_no_scorer_with_an_identity_again(
     )
 
 
+def test_an_image_that_is_missing_is_made_in_its_batch_again(models, tmp_path, monkeypatch):
+    """Guards: the last bits of an image, which depend on the batch that it is made in."""
+    compare(systems(models, 1), PROMPTS[:2], [3, 4], [Brightness().scorer()], tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in list(before)[1:]}
+    missing, *_ = before
+    missing.unlink()
+    (tmp_path / "images" / ".a.webp.0123456789abcdef").write_text("what a killed run left")
+    batches, sample = [], text_to_image.sample
+    monkeypatch.setattr(text_to_image, "sample", lambda *a, **k: batches.append(len(a[1])) or sample(*a, **k))
+    compare(systems(models, 1), PROMPTS[:2], [3, 4], [Brightness().scorer()], tmp_path)
+    assert {path: path.read_bytes() for path in (tmp_path / "images").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept and batches == [4]
+
+
 def test_a_further_system_draws_its_own_images_alone(models, tmp_path):
     scorer = Brightness()
     compare(systems(models, 1), PROMPTS[:2], [3], [scorer.scorer()], tmp_path)
@@ -337,7 +352,7 @@ def test_the_recipe_by_path_in_two_processes_gives_what_one_gives(models, tmp_pa
         (["--critic", "./no-critic"], "no-critic"),
         (["--critic_typed"], "name the --critic, too"),
         (["--discriminator_name_or_path", "./none"], "there is no ./none"),
-        (["--judge_model_name_or_path", "pocket", "--rubric", "mine"], "no rubric could be read from mine"),
+        (["--judge_model_name_or_path", "pocket", "--rubric", "mine"], "there is no rubric 'mine'"),
         (["--judge_model_name_or_path", "pocket", "--rubric", "class_conditional"], "it asks about {class}"),
         (["--rubric", "reward"], "name the --judge_model_name_or_path, too"),
         (["--votes", "no-votes.json"], "--votes: there is no file no-votes.json"),

@@ -118,7 +118,7 @@ def test_a_typed_critic_whose_mind_is_elsewhere_is_told(setting: dict, tmp_path:
         ({"tie": -1.0}, "--tie is -1"),
         ({"pairwise": True}, "--pairwise and --rubric ask the critic"),
         ({"rubric": "answers"}, "--pairwise and --rubric ask the critic"),
-        ({"critic": "x", "critic_url": "y", "rubric": "nowhere"}, "no rubric could be read from nowhere"),
+        ({"critic": "x", "critic_url": "y", "rubric": "nowhere"}, "there is no rubric 'nowhere'"),
         ({"critic": "./nowhere"}, "--critic: there is no ./nowhere"),
         ({"critic_url": "http://127.0.0.1:9"}, "name the --critic, too"),
         ({"critic": "x", "critic_url": "y", "critic_templates": "."}, "is no template of a critic"),

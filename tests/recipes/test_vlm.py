@@ -303,7 +303,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(setting: dict, tmp_path: Path) -
     ("options", "message"),
     [
         ({"model_name_or_path": "./nowhere"}, "there is no ./nowhere"),
-        ({"model_name_or_path": ""}, "--model_name_or_path is missing"),
+        ({"model_name_or_path": ""}, "--model_name_or_path is empty"),
         ({"dataset_name": "./nowhere"}, "nowhere"),
         ({"max_length": 20}, "max_length 20 leaves no room"),
         ({"max_length": 0}, "--max_length is 0"),

@@ -119,7 +119,7 @@ TAKEN = {
     "lora_target_modules": ("to_q", "[to_q, to_k]", "null"),
     "report_to": ("none", "[none]", "[]", "null"),
     "lr_scheduler_kwargs": ("null", "{}", "'{}'"),
-    "accelerator_config": ("{even_batches: true}",),
+    "accelerator_config": ("{non_blocking: true}",),
     "eval_strategy": ("no", "'no'"),
     "save_total_limit": ("null", "1"),
 }
