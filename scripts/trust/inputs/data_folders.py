@@ -13,7 +13,6 @@ from typing import Any
 
 import datasets
 from pictures import png
-from rows import FORMATS, LONG, made, picture, write_pairs_at, write_pictures
 from trial import Trial
 from world import World
 

@@ -13,7 +13,6 @@ from pictures import cell, png, write_table
 from pictures import encoded as _encoded
 from pictures import picture as _picture
 from PIL import Image
-from rows import or_refused
 from trial import Trial
 from world import World
 
