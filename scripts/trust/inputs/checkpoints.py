@@ -103,7 +103,7 @@ def caches(world: World) -> Iterator[Trial]:
                 cached(world, part, "identity.json", change),
                 (rf"cache/{part}/identity\.json", "--cache_dir"),
             )
-        damages = {name: WEIGHTS[name] for name in list(WEIGHTS)[:7]} | PLACES
+        damages = {**{name: WEIGHTS[name] for name in list(WEIGHTS)[:7]}, **PLACES}
         damages["is of another cache"] = metadata(about=json.dumps({"identity": {}, "names": []}))
         damages["has another header"] = metadata(format="pt")
         damages["lacks tensors"] = tensors(lambda values: {max(values): values[max(values)]})

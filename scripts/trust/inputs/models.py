@@ -114,14 +114,8 @@ def damaged(kind: Kind, world: World) -> Iterator[Trial]:
         for file in files:
             for how, change in {**PLACES, **damages}.items():
                 # The libraries name the part and the tensor, not the file.
-                part, inside = Path(file).parts[0], how.startswith(("holds", "lacks", "names"))
-                says = (
-                    f"{part}.*tensor|tensor.*{part}|no whole"
-                    if inside and "/" in file
-                    else "tensor"
-                    if inside
-                    else file
-                )
+                inside = damages is WEIGHTS and how.startswith(("holds", "lacks", "names"))
+                says = "tensor|expected shape|no whole" if inside else f"{Path(file).name}|backend tokenizer"
                 yield Trial(
                     f"{kind.name}: {file} {how}", loading(kind, world, file, change), (r"/model\b", says)
                 )
