@@ -14,6 +14,7 @@ from pictures import png
 from trial import Trial
 from world import World
 
+from inputs._tables import FORMATS, made, or_refused, picture, write_pairs_at, write_pictures, write_rows
 from prefopt.diffusion.tables import read_preferences
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from trial import Trial
 from world import World
 
+from inputs._tables import or_refused
 from prefopt.diffusion.latents import prepare_image
 from prefopt.diffusion.tables import read_preferences
 from prefopt.vlm.examples import read_vision_examples
