@@ -23,7 +23,7 @@ TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error", "Pa
 _ADVICE = {
     errno.ENOSPC: "Free some space",
     errno.EDQUOT: "Free some space",
-    errno.EFBIG: "Free some space, or allow larger files (ulimit -f)",
+    errno.EFBIG: "Raise the largest size of a file (ulimit -f)",
     errno.EROFS: "This disk is read-only: make it writable",
     errno.EACCES: "Change its permissions",
     errno.EPERM: "Change its permissions",
@@ -177,15 +177,29 @@ def make_readable(*paths: Path) -> None:
             path.chmod(_NEW_FILE)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, would outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not do this to folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when all is written; after an error nothing of it stays."""
+    """A path to write to, which becomes `path` when all is on disk; after an error nothing of it stays."""
     # A process id would not do: containers that share a folder count from 1 each.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         yield partial
         make_readable(partial)
+        flush_to_disk(partial)
         os.replace(partial, path)
+        flush_to_disk(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -213,9 +213,10 @@ def own_memory(module: nn.Module) -> nn.Module:
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of an error's message."""
+    """The first line of an error's message, with the second one if that says what the first announces."""
     text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-    return text.strip().split("\n")[0][:300]
+    first, *more = (line.strip() for line in text.strip().splitlines() or [""])
+    return (f"{first} {more[0]}" if first.endswith(":") and more else first)[:300]
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from prefopt.images import PICTURES
 from prefopt.record_files import SUFFIXES, read_metadata, read_records
 from prefopt.table_files import TABLES, read_saved, read_tables, saved_splits
 
+# In a builder's folder: new tables that are whole, while it exchanges the old ones for them.
+EXCHANGED = ".new_tables"
 # A file that bears one of these in its path is not read as training data.
 HELD_OUT = ("validation", "valid", "val", "dev", "test", "eval")
 # JSON files of a dataset's folder that hold no rows of it.
@@ -42,6 +44,11 @@ def table_folder(source: str, config: str | None) -> Path:
         raise InputError(f"{source} is a whole disk or home folder; name the folder of one dataset")
     if place.name in IMAGEFOLDER and place.is_file():
         place = place.parent
+    if place.is_dir() and any((folder / EXCHANGED).is_dir() for folder in (place, place.parent)):
+        raise InputError(
+            f"{place}: a builder ended while it replaced these tables by new ones. Run its command again, "
+            "which goes on with that"
+        )
     if not place.is_dir():
         if config and place.exists():
             raise InputError(f"--dataset_config {config}: {source} is one file; leave the option out")

@@ -25,6 +25,7 @@ from prefopt.adapters import adapter_layers
 from prefopt.checkpoints import STAGING, CheckpointingTrainer, check_saves
 from prefopt.config import PreferenceConfig
 from prefopt.draws import VisitSampler
+from prefopt.errors import InputError
 from prefopt.files import exclusive_lock, reporting_write_errors
 from prefopt.interrupts import Interrupted, begin_worker
 from prefopt.losses import reward_metrics
@@ -371,6 +372,16 @@ class PreferenceTrainer(CheckpointingTrainer):
         if self.metrics_file:
             with reporting_write_errors(self.metrics_file.path):
                 self.metrics_file.write({"step": self.state.global_step, **logs})
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this evaluation is the best one; InputError for a metric that none measures."""
+        best = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if self.args.metric_for_best_model is not None and best not in metrics:
+            raise InputError(
+                f"--metric_for_best_model {self.args.metric_for_best_model} is not measured; choose from "
+                + ", ".join(sorted(name.removeprefix("eval_") for name in metrics))
+            )
+        return super()._determine_best_metric(metrics, trial)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; the training metrics gathered so far are kept apart from those of the evaluation."""

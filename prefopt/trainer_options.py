@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments, get_scheduler
 
 from prefopt.errors import InputError
@@ -71,6 +74,7 @@ def check_trainer_options(config: TrainingArguments) -> None:
 
 def check_training(config: TrainingArguments) -> None:
     """InputError for a tracker, schedule or optimizer that cannot be made; after the Trainer's checks."""
+    _check_uploading(config)
     _check_trackers(config)
     _check_schedule(config)
     _check_optimizer(config)
@@ -144,6 +148,20 @@ def _check_compiling(config: TrainingArguments) -> None:
     for name, known in choices.items():
         if (given := getattr(config, name)) is not None and given not in known:
             raise InputError(f"--{name} is {shown(given)}; choose from {', '.join(known)}")
+
+
+def _check_uploading(config: TrainingArguments) -> None:
+    """InputError if the hub does not know who uploads, or refuses the name: the Trainer asks late."""
+    if not config.push_to_hub:
+        return
+    try:
+        if config.hub_model_id:
+            validate_repo_id(config.hub_model_id)
+        HfApi().whoami(token=config.hub_token)
+    except (HFValidationError, OSError) as error:
+        raise InputError(
+            f"--push_to_hub: {_line(error)}. Log in with `hf auth login`, or leave it out"
+        ) from error
 
 
 def _check_trackers(config: TrainingArguments) -> None:

@@ -132,11 +132,14 @@ def test_what_is_no_adapter_is_named(two: list[Path], tmp_path: Path) -> None:
     save_file(load_file(two[0] / ADAPTER_FILE), diffusion / DIFFUSION_FILE)
     with pytest.raises(InputError, match="no name of its format"):
         average_adapters([diffusion], average)
-    (two[1] / CONFIG_FILE).write_text("{")
-    with pytest.raises(InputError, match="no JSON"):
-        average_adapters(two, average)
+    kept = (two[1] / CONFIG_FILE).read_text()
+    for text, said in (("{", "is no JSON"), ("[]", "holds no JSON object but a list")):
+        (two[1] / CONFIG_FILE).write_text(text)
+        with pytest.raises(InputError, match=rf"adapter_config\.json {said}"):
+            average_adapters(two, average)
+    (two[1] / CONFIG_FILE).write_text(kept)
     (two[1] / ADAPTER_FILE).write_bytes(b"pickle")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is no whole file of safetensors"):
         average_adapters(two, average)
     (two[1] / ADAPTER_FILE).rename(two[1] / "adapter_model.bin")
     with pytest.raises(InputError, match=f"no {ADAPTER_FILE}"):

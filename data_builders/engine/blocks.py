@@ -84,15 +84,21 @@ class Images:
 
     def __init__(self, tables: Sequence[ImageBlocks]):
         self.tables = tables
-        prompts = [prompt for block in tables[0].blocks for prompt in block.prompts]
-        self.classes: dict[str, str] = {p["prompt_id"]: p["class"] for p in prompts}  # "": none
+
+    @property
+    def have_classes(self) -> bool:
+        """Whether every prompt has a class."""
+        return all(prompt["class"] for block in self.tables[0].blocks for prompt in block.prompts)
 
     def __len__(self) -> int:
         """How many blocks there are."""
         return len(self.tables[0])
 
     def rows(self, block: int, *, images: bool = True) -> list[Record]:
-        """All rows of a block, prompt by prompt, with or without their images."""
-        order = {p["prompt_id"]: place for place, p in enumerate(self.tables[0][block].prompts)}
+        """All rows of a block with their `class`, prompt by prompt, with or without their images."""
+        prompts = self.tables[0][block].prompts
+        order = {prompt["prompt_id"]: place for place, prompt in enumerate(prompts)}
         rows = [row for table in self.tables for row in table.rows(table[block], images=images)]
+        for row in rows:
+            row["class"] = prompts[order[row["prompt_id"]]]["class"]  # empty: none
         return sorted(rows, key=lambda row: (order[row["prompt_id"]], row["candidate"]))

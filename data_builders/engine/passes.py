@@ -90,17 +90,14 @@ def run_passes(
     """
     mine = range(blocks)[state.process_index :: state.num_processes]
     for together in [passes] if keep_resident else [[each] for each in passes]:
-        # A later pass's work is known once an earlier one is done.
-        totals = [None if keep_resident else sum(map(each.todo, mine)) for each in together]
-        bars = [
-            progress_bar(
-                desc=each.name, unit=each.unit, total=total, disable=not state.is_main_process or total == 0
-            )
-            for each, total in zip(together, totals, strict=True)
-        ]
-        for block in mine:
+        # Of models in turn, the work of a later one is known once the block's earlier ones are done.
+        todo = None if keep_resident else {block: left for block in mine if (left := together[0].todo(block))}
+        total = None if todo is None else sum(todo.values())
+        quiet = not state.is_main_process or total == 0
+        bars = [progress_bar(desc=each.name, unit=each.unit, total=total, disable=quiet) for each in together]
+        for block in mine if todo is None else todo:
             for each, bar in zip(together, bars, strict=True):
-                if each.todo(block):
+                if todo is not None or each.todo(block):
                     each.work(block, bar)
         for each, bar in zip(together, bars, strict=True):
             bar.close()

@@ -8,7 +8,6 @@ the questions is counted over all images.
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_builders.engine.reasons import SENTENCES
@@ -29,19 +28,81 @@ STATUSES = {
 }
 
 
-@dataclass
-class Shown:
-    """The prompts on the page, ready for the template, and the counts of the whole build."""
+class Gallery:
+    """The page of a build: prompts are added one after the other, and at the end it is written.
 
-    prompts: list[Record] = field(default_factory=list)
-    total: int = 0
-    candidates: int = 0
-    selected: int = 0  # prompts with a selected image
-    pairs: int = 0
-    classes: set[str] = field(default_factory=set)
-    judges: set[str] = field(default_factory=set)
-    discriminators: set[str] = field(default_factory=set)
-    is_calibrated: bool = False  # whether any answer about an empty image counts
+    Of each prompt only copies of its images stay in memory, at most `thumbnail` pixels wide and high. The
+    page shows the prompts of at most `limit` images (but one prompt at least), and says how many it leaves
+    out.
+    """
+
+    def __init__(self, rubric: Rubric, *, thumbnail: int = 384, limit: int = 1000):
+        self.tally, self.thumbnail, self.limit = Tally(rubric), thumbnail, limit
+        self.total = self.candidates = self.pairs = 0
+        self.selected = 0  # prompts with a selected image
+        self.classes, self.judges, self.discriminators = set[str](), set[str](), set[str]()
+        self.is_calibrated = False  # whether any answer about an empty image counts
+        self._images = 0  # of the prompts on the heap
+        # The largest hash on top; the place decides between equals.
+        self._heap: list[tuple[int, int, int, Record]] = []
+
+    def add(self, group: Group) -> None:
+        """Take a prompt's candidates, with the columns of `CANDIDATES`, and its pairs."""
+        self.tally.add(group)
+        self._count(group)
+        first = group.candidates[0]
+        self._images += len(group.candidates)
+        prompt: Record = {}  # filled once it is known to be among the smallest
+        entry = (-int(first["prompt_id"][:16], 16), -self.total, len(group.candidates), prompt)
+        heapq.heappush(self._heap, entry)
+        is_shown = True
+        while self._images > self.limit and len(self._heap) > 1:
+            *_, size, left_out = heapq.heappop(self._heap)
+            self._images -= size
+            is_shown &= left_out is not prompt
+        if is_shown:
+            prompt |= _prompt(group, self.tally.rubric, self.thumbnail)
+
+    @property
+    def prompts(self) -> list[Record]:
+        """The prompts whose hashes are the smallest, of `limit` images at most, in the order of the build."""
+        return [prompt for *_, prompt in sorted(self._heap, key=lambda entry: -entry[1])]
+
+    def write(self, output: Path, *, selection: str, facts: Mapping[str, str]) -> Path:
+        """Write gallery.html in a folder; its path. `selection` says in words which images are selected."""
+        prompts = self.prompts
+        candidates = [candidate for prompt in prompts for candidate in prompt["candidates"]]
+        return write_page(
+            output / "gallery.html",
+            "export/gallery.html.jinja",
+            title=": ".join(filter(None, ["Judged images", ", ".join(sorted(self.classes))])),
+            facts=facts,
+            shown=self,
+            selection=selection,
+            rubric=self.tally.rubric,
+            questions=self.tally.rows(self.classes),
+            judged=self.tally.judged,
+            has_margins=any("widest" in prompt for prompt in prompts),
+            has_boxes=any(candidate["boxes"] for candidate in candidates),
+            images=len(candidates),
+            classes=Counter(prompt["class"] for prompt in prompts if prompt["class"]),
+            statuses=_statuses(candidates, self.pairs),
+            reasons=_reasons(candidates),
+            sentences=SENTENCES,
+            answered=_answered(candidates, self.tally.rubric),
+        )
+
+    def _count(self, group: Group) -> None:
+        rows = group.candidates
+        self.total += 1
+        self.candidates += len(rows)
+        self.selected += any(row["selected"] for row in rows)
+        self.pairs += len(group.pairs)
+        self.classes |= {rows[0]["class"] or ""} - {""}
+        for row in rows:
+            self.judges |= {row.get("judge") or ""} - {""}
+            self.discriminators |= {row.get("discriminator") or ""} - {""}
+            self.is_calibrated |= any(row.get("empty_log_odds") or ())
 
 
 def write_gallery(
@@ -51,74 +112,13 @@ def write_gallery(
     *,
     selection: str,
     facts: Mapping[str, str],
-    thumbnail: int = 384,
-    limit: int = 1000,
+    **limits: int,
 ) -> Path:
-    """Write gallery.html in the folder `output`; return its path.
-
-    A group is one prompt's candidates, with the columns of `CANDIDATES`, and its pairs; groups are taken one
-    after the other, and of each only copies of its images stay in memory, at most `thumbnail` pixels wide and
-    high. The page shows the prompts of at most `limit` images (but one prompt at least), and says how many it
-    leaves out. `selection` says in words which images are selected.
-    """
-    tally = Tally(rubric)
-    shown = _shown(groups, tally, limit, thumbnail)
-    candidates = [candidate for prompt in shown.prompts for candidate in prompt["candidates"]]
-    return write_page(
-        output / "gallery.html",
-        "export/gallery.html.jinja",
-        title=": ".join(filter(None, ["Judged images", ", ".join(sorted(shown.classes))])),
-        facts=facts,
-        shown=shown,
-        selection=selection,
-        rubric=rubric,
-        questions=tally.rows(shown.classes),
-        judged=tally.judged,
-        has_margins=any("widest" in prompt for prompt in shown.prompts),
-        has_boxes=any(candidate["boxes"] for candidate in candidates),
-        images=len(candidates),
-        classes=Counter(prompt["class"] for prompt in shown.prompts if prompt["class"]),
-        statuses=_statuses(candidates, shown),
-        reasons=_reasons(candidates),
-        sentences=SENTENCES,
-        answered=_answered(candidates, rubric),
-    )
-
-
-def _shown(groups: Iterable[Group], tally: Tally, limit: int, thumbnail: int) -> Shown:
-    """The prompts whose hashes are the smallest, of `limit` images at most, in the order of the build."""
-    found, images = Shown(), 0
-    heap: list[tuple[int, int, int, Record]] = []  # the largest hash on top; the place decides between equals
-    for place, group in enumerate(groups):
-        tally.add(group)
-        _count(found, group)
-        first = group.candidates[0]
-        images += len(group.candidates)
-        prompt: Record = {}  # filled once it is known to be among the smallest
-        heapq.heappush(heap, (-int(first["prompt_id"][:16], 16), -place, len(group.candidates), prompt))
-        is_shown = True
-        while images > limit and len(heap) > 1:
-            *_, size, left_out = heapq.heappop(heap)
-            images -= size
-            is_shown &= left_out is not prompt
-        if is_shown:
-            prompt |= _prompt(group, tally.rubric, thumbnail)
-    found.prompts = [prompt for *_, prompt in sorted(heap, key=lambda entry: -entry[1])]
-    return found
-
-
-def _count(found: Shown, group: Group) -> None:
-    """Add a prompt to the counts of the whole build."""
-    rows = group.candidates
-    found.total += 1
-    found.candidates += len(rows)
-    found.selected += any(row["selected"] for row in rows)
-    found.pairs += len(group.pairs)
-    found.classes |= {rows[0]["class"] or ""} - {""}
-    for row in rows:
-        found.judges |= {row.get("judge") or ""} - {""}
-        found.discriminators |= {row.get("discriminator") or ""} - {""}
-        found.is_calibrated |= any(row.get("empty_log_odds") or ())
+    """Write the gallery of these prompts; `limits` are those of `Gallery`."""
+    gallery = Gallery(rubric, **limits)
+    for group in groups:
+        gallery.add(group)
+    return gallery.write(output, selection=selection, facts=facts)
 
 
 def _prompt(group: Group, rubric: Rubric, thumbnail: int) -> Record:
@@ -149,10 +149,10 @@ def _pairs_in_words(margins: list[float]) -> str:
     return f"{len(margins)} pair{many}, margin{many} {margins_in_words(margins)}"
 
 
-def _statuses(candidates: list[Record], shown: Shown) -> dict[str, tuple[str, int]]:
+def _statuses(candidates: list[Record], pairs: int) -> dict[str, tuple[str, int]]:
     """What images can be filtered by: what it is called, and how many shown images have it."""
     counts = Counter(status for candidate in candidates for status in candidate["statuses"])
-    if not shown.pairs:
+    if not pairs:
         del counts["unpaired"]
     return {name: (told, counts[name]) for name, told in STATUSES.items() if counts[name]}
 

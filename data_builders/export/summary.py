@@ -1,10 +1,8 @@
 """What a build amounts to: BUILD.json, the dataset card, and a sentence for the terminal."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import numpy as np
 
 from data_builders.engine.stages import INVALID, NOT_SELECTED, Group
 from data_builders.export.card import Card, plain, public_words, write_about
@@ -21,6 +19,24 @@ SCORES = {"hard": "hard_score", "soft": "judge_score", "discriminator": "discrim
 TABLE = "candidates"  # the table that is always written
 
 
+class Mean:
+    """The mean of numbers that are given one after the other."""
+
+    def __init__(self) -> None:
+        self.count, self.total = 0, 0.0
+
+    def add(self, numbers: Iterable[float]) -> None:
+        """Take some more."""
+        for number in numbers:
+            self.count += 1
+            self.total += number
+
+    @property
+    def value(self) -> float | None:
+        """Rounded; None of nothing."""
+        return round(self.total / self.count, 4) if self.count else None
+
+
 class Summary:
     """Counts over the candidates themselves, so a build that was resumed counts the same."""
 
@@ -33,9 +49,9 @@ class Summary:
         self.invalid: Counter[str] = Counter()  # candidates, by reason
         self.not_selected: Counter[str] = Counter()  # candidates, by reason
         self.verdicts: dict[str, Counter[str]] = defaultdict(Counter)  # by question
-        self.scores: dict[str, list[float]] = {kind: [] for kind in SCORES}
-        self.selected_scores: dict[str, list[float]] = {kind: [] for kind in SCORES}
-        self.margins: list[float] = []
+        self.scores = {kind: Mean() for kind in SCORES}
+        self.selected_scores = {kind: Mean() for kind in SCORES}
+        self.margins = Mean()
         self.largest_margin = 0.0  # of all prompts, pair or not
         self.detected = 0  # candidates with a box
         self.seconds = 0.0
@@ -49,12 +65,12 @@ class Summary:
         self.invalid.update(row[INVALID] for row in rows if row[INVALID])
         self.not_selected.update(row[NOT_SELECTED] for row in rows if row[NOT_SELECTED])
         self.seconds += sum(row["seconds"] for row in rows)
-        self.margins += [pair.margin for pair in group.pairs]
+        self.margins.add(pair.margin for pair in group.pairs)
         judged = [row for row in rows if row["rank"] is not None]
         selected = [row for row in judged if row["selected"]]
         for kind, column in SCORES.items():
             for scores, of in ((self.scores, judged), (self.selected_scores, selected)):
-                scores[kind] += [row[column] for row in of if row[column] is not None]
+                scores[kind].add(row[column] for row in of if row[column] is not None)
         soft = [row["soft_score"] for row in judged]
         self.largest_margin = max(self.largest_margin, max(soft, default=0.0) - min(soft, default=0.0))
         self.detected += sum(bool(row["boxes"]) for row in judged)
@@ -72,19 +88,19 @@ class Summary:
         return {
             "prompts": dict(self.prompts),
             "candidates": self.candidates,
-            "judged": len(self.scores["hard"]),
+            "judged": self.scores["hard"].count,
             "prompts_with_selected": dict(self.with_selected),
             **{
-                name: _mean(values[kind])
+                name: values[kind].value
                 for kind in self.scores
-                if self.scores[kind] or kind != "discriminator"
+                if self.scores[kind].count or kind != "discriminator"
                 for name, values in (
                     (f"mean_{kind}_score", self.scores),
                     (f"mean_{kind}_score_of_selected", self.selected_scores),
                 )
             },
             "highest_possible": sum(item.weight for item in self.rubric.items),
-            "mean_margin": _mean(self.margins),
+            "mean_margin": self.margins.value,
             "largest_margin": round(self.largest_margin, 4),
             "with_a_box": self.detected,
             "verdicts": {name: dict(sorted(counts.items())) for name, counts in self.verdicts.items()},
@@ -116,7 +132,7 @@ class Summary:
                 f"mean {name} score": f"{figures[f'mean_{name}_score']}{most}; "
                 f"of the selected images {figures[f'mean_{name}_score_of_selected']}"
                 for name, most in ((kind, best), ("discriminator", ""))
-                if self.scores[name] or name == kind
+                if self.scores[name].count or name == kind
             },
             "not selected": reasons(self.not_selected),
             "invalid": reasons(self.invalid),
@@ -127,10 +143,6 @@ class Summary:
 def reasons(counts: Mapping[str, int]) -> str:
     """Counts of reasons in words."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none"
-
-
-def _mean(values: list[float]) -> float | None:
-    return round(float(np.mean(values)), 4) if values else None
 
 
 ABOUT = """{per_prompt} candidates of each prompt. The judge answered the questions below about each of them.

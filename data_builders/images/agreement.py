@@ -55,7 +55,11 @@ class TableImages(Images):
             for place, sha256 in enumerate(hashes):
                 first.setdefault((prompt, sha256), (index, place))
         self.first = list(first.items())
-        self.classes = {content_key(prompt): "" for prompt, _ in first}
+
+    @property
+    def have_classes(self) -> bool:
+        """A table's prompts have no classes."""
+        return False
 
     def __len__(self) -> int:
         """How many blocks there are."""
@@ -79,7 +83,7 @@ class TableImages(Images):
 
 def image_row(prompt: str, sha256: str) -> Record:
     """An image of a table as the record by which a judge's answers are kept."""
-    return {"prompt": prompt, "prompt_id": content_key(prompt), "pixels_sha256": sha256}
+    return {"prompt": prompt, "prompt_id": content_key(prompt), "class": "", "pixels_sha256": sha256}
 
 
 class Rule(NamedTuple):

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -26,7 +25,7 @@ from data_builders.engine.stages import (
     is_valid,
     mark_invalid,
 )
-from data_builders.export.gallery import write_gallery
+from data_builders.export.gallery import Gallery
 from data_builders.export.hub import push
 from data_builders.export.summary import TABLE, Summary, write_build
 from data_builders.export.tables import EVERYTHING, EXPORTS
@@ -158,8 +157,8 @@ class Build:
                 "batch_size": config.batch_size,
                 "block_size": config.block_size,
             }
-            prompts = [prompt | model | generator.names for prompt in self.prompts.training]
-            blocks = ImageBlocks(work / f"images-{place}", identity, prompts, config.block_size)
+            folder = work / f"images-{place}"
+            blocks = ImageBlocks(folder, identity, self.prompts.training, config.block_size)
             # Two generators may be one model with other settings.
             name = f"generating with {generator.model}" + (f", {place + 1}" if len(generators) > 1 else "")
             settings = {"seed": config.seed, "batch_size": config.batch_size, "device": device}
@@ -180,11 +179,15 @@ class Build:
             table.clean()
         for each in filter(None, opinions):
             each.ledger.refresh()
-        groups = partial(self._groups, images, opinions)
+        gallery = Gallery(self.rubric) if config.gallery else None
+        # Pairs that no table holds are none.
+        paired = not {"pairs", "pickapic"}.isdisjoint(config.exports)
 
         def counted() -> Iterator[Group]:
-            for group in groups():
+            for group in self._groups(images, opinions):
                 summary.add(group)
+                if gallery:
+                    gallery.add(group if paired else group._replace(pairs=[]))
                 yield group
 
         counts = write_exports(
@@ -197,34 +200,23 @@ class Build:
         said = write_build(
             folder, asdict(config), identities, summary, counts, selection=self.selection, run=run
         )
-        if config.gallery:
-            # Pairs that no table holds are none.
-            paired = not {"pairs", "pickapic"}.isdisjoint(config.exports)
-            write_gallery(
-                folder,
-                (group if paired else group._replace(pairs=[]) for group in groups()),
-                self.rubric,
-                selection=self.selection,
-                facts=summary.facts(counts),
-            )
+        if gallery:
+            gallery.write(folder, selection=self.selection, facts=summary.facts(counts))
         if config.push_to_hub:
             push(folder, config.push_to_hub)
         return said
 
     def _groups(self, images: Images, opinions: Opinions) -> Iterator[Group]:
         """The candidates of each prompt, judged, ranked and selected, and their pairs."""
-        rows = (
-            self._judged(row, images, opinions) for block in range(len(images)) for row in images.rows(block)
-        )
+        rows = (self._judged(row, opinions) for block in range(len(images)) for row in images.rows(block))
         ranking = [combine, rank] if opinions.discriminator else [rank]
         for candidates in by_prompt(flow(rows, [*ranking, self.select])):
             yield Group(candidates, ranked(candidates), pairs(candidates, self.config.pair_options))
 
-    def _judged(self, row: Record, images: Images, opinions: Opinions) -> Record:
+    def _judged(self, row: Record, opinions: Opinions) -> Record:
         """A row of a block with the judge's answers, the discriminator's score and the detector's boxes."""
         judge, discriminator, detect = opinions
         row = row | {
-            "class": images.classes[row["prompt_id"]],
             "questions": [item.name for item in self.rubric.items],
             "judge": self.names.get("judge", ""),
             "judge_identity": judge.identity,

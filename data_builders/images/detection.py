@@ -30,7 +30,7 @@ class DetectObjects(ModelPass[Detector]):
     def work(self, block: int, bar: tqdm) -> None:
         """Detect batch by batch."""
         for batch in self._missing(self.images.rows(block)):
-            found = self.model.detect([open_row(row) for row in batch], [[self._class(row)] for row in batch])
+            found = self.model.detect([open_row(row) for row in batch], [[row["class"]] for row in batch])
             self.calls += len(batch)
             plain = [[[box.label, *map(float, box[1:])] for box in boxes] for boxes in found]
             self.ledger.add({self.key(row): boxes for row, boxes in zip(batch, plain, strict=True)})
@@ -42,10 +42,7 @@ class DetectObjects(ModelPass[Detector]):
 
     def key(self, row: Record) -> str:
         """A hash of all that the boxes depend on."""
-        return content_key(json.dumps([self.identity, row["pixels_sha256"], self._class(row)]))
-
-    def _class(self, row: Record) -> str:
-        return self.images.classes[row["prompt_id"]]
+        return content_key(json.dumps([self.identity, row["pixels_sha256"], row["class"]]))
 
     def _missing(self, rows: list[Record]) -> list[list[Record]]:
         distinct = {self.key(row): row for row in rows if is_valid(row)}

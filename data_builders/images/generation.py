@@ -50,6 +50,7 @@ class GenerateImages(ModelPass[Any]):
         super().__init__(Lazy(str(generator.identity), partial(_loaded, generator, device)))
         self.name, self.generator, self.numbers, self.blocks = name, generator, list(numbers), blocks
         self.seed, self.batch_size = seed, batch_size
+        self.made_by = generator.identity | generator.names
 
     def todo(self, block: int) -> int:
         """The images of a block that is not written."""
@@ -65,7 +66,7 @@ class GenerateImages(ModelPass[Any]):
             in_threads(encode, threads=4, ahead=2 * self.batch_size),
             counted(bar),
         ]
-        rows = [{INVALID: "", **row} for row in flow(place.prompts, stages)]
+        rows = [{INVALID: "", **self.made_by, **row} for row in flow(place.prompts, stages)]
         self.calls += len(rows)
         self.blocks.write(place, rows)
 

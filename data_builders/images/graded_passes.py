@@ -234,11 +234,9 @@ class GenerateFromCaptions(GenerateImages):
         sampler = replace(source.generator.sampler, height=side, width=side)
         generator, self.source = replace(source.generator, sampler=sampler), source
         identity = generator.identity | {"seed": seed, "batch_size": batch_size, "block_size": block_size}
-        made_by = generator.identity | generator.names
         # A block is known by its prompts: here by image and caption, for the seed depends on the image.
         prompts = [
-            made_by
-            | {
+            {
                 "prompt": f"{record['prompt_id']} {record[source.caption]}",
                 "prompt_id": record["prompt_id"],
                 "caption": record[source.caption],

@@ -29,6 +29,7 @@ from prefopt.loading import Lazy
 
 EMPTY = "empty"  # stands for the pixels' hash of the empty image
 GREY = (128, 128, 128)
+FORMATS = ("WEBP", "PPM")  # in which blocks hold images; trying all takes three times as long
 
 
 def judge_of(config: BuilderConfig, rubric: Rubric, device: torch.device) -> Lazy[Judge]:
@@ -74,7 +75,7 @@ class JudgeImages(ModelPass[Judge]):
         self.name = name
         self.rubric, self.images, self.ledger = rubric, images, ledger
         self.batch_size, self.calibrate = batch_size, calibrate
-        if rubric.needs_class and not all(images.classes.values()):
+        if rubric.needs_class and not images.have_classes:
             raise InputError(
                 f"the rubric {rubric.name} asks about {{class}}, and the prompts have no classes"
             )
@@ -145,7 +146,7 @@ class JudgeImages(ModelPass[Judge]):
         }
 
     def _questions(self, row: Record) -> tuple[Question, ...]:
-        return self.rubric.questions(self.images.classes[row["prompt_id"]], row["prompt"])
+        return self.rubric.questions(row["class"], row["prompt"])
 
     def _missing(self, rows: list[Record]) -> list[list[tuple[Record, list[Question]]]]:
         """Batches of images with their questions that have no answer; finished batches are left out."""
@@ -181,7 +182,7 @@ def open_row(row: Record) -> Image.Image:
     """The picture of a row; of one without, an empty image of its size."""
     if row["image"] is None:
         return Image.new("RGB", (row["width"], row["height"]), GREY)
-    return Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+    return Image.open(io.BytesIO(row["image"]["bytes"]), formats=FORMATS).convert("RGB")
 
 
 def _entry(answer: Answer) -> dict | None:

@@ -8,11 +8,13 @@ is broken stops the run.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Dataset
 from pyarrow import ArrowException
 
@@ -32,6 +34,7 @@ from prefopt.records import Source, image_bytes, in_test, load
 
 # `prompt` under the names that other collections give it.
 PROMPT_NAMES = ("prompt", "caption", "text")
+AT_ONCE = 32  # rows whose images are in memory together
 TIE = "tie"
 SAME_IMAGE = "same image twice"
 _CHECKED: dict[str, Any] = {
@@ -78,9 +81,10 @@ class Table:
 
     def divide(self, test_fraction: float) -> "tuple[Table, Table]":
         """The examples to train on and those held out, by prompt; InputError if a side has none."""
-        held_out = [in_test(content_key(prompt), test_fraction) for prompt in self.column("prompt")]
-        sides = [[i for i, held in enumerate(held_out) if held == wanted] for wanted in (False, True)]
-        if not all(sides):
+        prompts = _values(self.facts, "prompt")
+        held_out = np.fromiter((in_test(content_key(prompt), test_fraction) for prompt in prompts), bool)
+        sides = [np.flatnonzero(held_out == wanted) for wanted in (False, True)]
+        if not all(map(len, sides)):
             prompts = len(set(self.column("prompt")))
             raise InputError(
                 f"--test_fraction {test_fraction} of the {prompts} prompts of {self.source} leaves "
@@ -96,7 +100,7 @@ class Table:
 
     def column(self, name: str) -> list:
         """A column of `facts`, read at once: row by row, a million take minutes."""
-        return _column(self.facts, name)
+        return list(_values(self.facts, name))
 
     def image(self, index: int, candidate: int) -> tuple[bytes, str]:
         """The encoded image of an example's candidate, counted from the best, and what an error calls it."""
@@ -167,7 +171,7 @@ def _checked(found: Source, form: Format) -> Table:
     for name in form.images:
         rows = _as_images(rows, name, source, lists=form.lists)
 
-    def check(row: dict, index: int, files: str) -> dict:  # `files` is for datasets' cache key
+    def check(row: dict, index: int) -> dict:
         where = f"{source}: row {index}"
         if not isinstance(row[prompt], str):
             raise InputError(f"{where} has the prompt {shortened(row[prompt])}; a prompt is text")
@@ -184,23 +188,35 @@ def _checked(found: Source, form: Format) -> Table:
         }
         return {**checked, "group": str(row[form.group])} if form.group else _in_order(checked)
 
-    facts = rows.map(
-        check,
-        with_indices=True,
-        fn_kwargs={"files": found._replace(rows=rows).state(form.images)},
-        remove_columns=rows.column_names,
-        features=_OF_ROWS if form.group else FACTS,
-        desc=f"checking {source}",
+    features = rows.features
+
+    def check_all(batch: Any, indices: list[int], files: str) -> dict:  # `files` is for datasets' cache key
+        parts = (batch.slice(start, AT_ONCE).to_pylist() for start in range(0, len(batch), AT_ONCE))
+        cells = zip(indices, chain.from_iterable(parts), strict=True)
+        found = [check(features.decode_example(row), index) for index, row in cells]
+        return {name: [fact[name] for fact in found] for name in found[0]}
+
+    facts = (
+        rows.with_format("arrow")
+        .map(
+            check_all,
+            with_indices=True,
+            batched=True,
+            fn_kwargs={"files": found._replace(rows=rows).state(form.images)},
+            remove_columns=rows.column_names,
+            features=_OF_ROWS if form.group else FACTS,
+            desc=f"checking {source}",
+        )
+        .with_format(None)
     )
     if form.group:
         facts = Dataset.from_list(list(_examples(facts, source)), FACTS)
-    reasons = _column(facts, "drop")
-    dropped = Counter(reason for reason in reasons if reason)
-    kept = [index for index, reason in enumerate(reasons) if not reason]
-    if not kept:
+    dropped = Counter(filter(None, _values(facts, "drop")))
+    kept = np.flatnonzero([not reason for reason in _values(facts, "drop")])
+    if not len(kept):
         raise InputError(f"{source}: none of its {len(facts)} rows can be used ({_reasons(dropped)})")
     soft_labels = form.soft_labels or "p_chosen" in rows.column_names
-    return Table(source, folders, rows, facts.select(kept), dropped, soft_labels)
+    return Table(source, folders, rows, facts.select(kept) if dropped else facts, dropped, soft_labels)
 
 
 def _in_order(found: dict) -> dict:
@@ -270,9 +286,12 @@ def _is_list(kind: Any) -> bool:
     return isinstance(kind, datasets.List | datasets.LargeList)
 
 
-def _column(facts: Dataset, name: str) -> list:
-    values: Any = facts.with_format("arrow")[name][:]
-    return values.to_pylist()
+def _values(facts: Dataset, name: str) -> Iterator[Any]:
+    """The values of a column, of which a part at a time is in memory as Python's objects."""
+    column: Any = facts.with_format("arrow")[name][:]
+    for chunk in column.chunks:
+        for start in range(0, len(chunk), 1000):
+            yield from chunk[start : start + 1000].to_pylist()
 
 
 def _reasons(dropped: Counter[str]) -> str:

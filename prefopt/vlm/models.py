@@ -202,7 +202,7 @@ def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
             policy = PeftModel.from_pretrained(model, folder, adapter_name=POLICY, is_trainable=True)
         policy.load_adapter(folder, REFERENCE)
     except UNUSABLE as error:
-        raise InputError(f"{unfit}: {_reason(error)}") from error
+        raise InputError(f"{unfit}: {first_line(error)}") from error
     if difference := difference_of_adapter(policy, Path(folder, ADAPTER_FILE)):
         raise InputError(f"{unfit}: {difference}")
     check_scalings(policy, POLICY, adapter)
@@ -231,11 +231,6 @@ def _can_be_same(one: str, other: str) -> bool:
     if Path(one).exists() and Path(other).exists():
         return Path(one).samefile(other)
     return Path(one).name == Path(other).name
-
-
-def _reason(error: Exception) -> str:
-    """The beginning of peft's message, of which the first line does not say which shapes differ."""
-    return " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300]
 
 
 def _adapted_outside(model: nn.Module) -> list[str]:

@@ -1,7 +1,7 @@
 """How a ledger of many results is filled, killed, opened and read: rates, memory and disk.
 
     python scripts/bench/ledger.py --entries 1000000
-    python scripts/bench/ledger.py --entries 10000000 > benchmarks/ledger_10m.json
+    python scripts/bench/ledger.py --entries 10000000 --batch 10000 > benchmarks/ledger_10m_cpu.json
 
 Some processes add entries (a key of 64 digits, a judge's answer as the value) at once, each in a file of its
 own, until all are there; then each begins another `add` and is killed with SIGKILL. A new process opens the
@@ -11,10 +11,8 @@ is that of the whole process. Another one adds batches as small as a judge's. Pr
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -24,13 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from children import context, in_process, memory_mb
+
 from prefopt.files import content_key
 from prefopt.ledger import Ledger
 
 LOOKUPS = 20_000
 SMALL = 16  # entries of a small batch
 ANSWER = {"probabilities": {"yes": 0.7312345678901234, "no": 0.2687654321098766}, "other_mass": 0.0123456789}
-context = multiprocessing.get_context("spawn")  # whose memory holds nothing of ours
 
 
 def fill(folder: Path, process: int, numbers: range, batch: int, ready: Any) -> None:
@@ -43,7 +42,7 @@ def fill(folder: Path, process: int, numbers: range, batch: int, ready: Any) -> 
         ledger.add({content_key(f"more {process} {turn} {part}"): ANSWER for part in range(batch)})
 
 
-def read(folder: Path, entries: int, batch: int, answer: Any) -> None:
+def read(folder: Path, entries: int, batch: int) -> dict[str, Any]:
     """Open the ledger, look keys up, and check."""
     start = time.perf_counter()
     ledger = Ledger(folder, "answers")
@@ -53,19 +52,17 @@ def read(folder: Path, entries: int, batch: int, answer: Any) -> None:
     keys = [content_key(str(chance.randrange(entries))) for _ in range(LOOKUPS)]
     found = _rate(lambda: all(ledger[key] == ANSWER for key in keys))
     missed = _rate(lambda: not any(key[::-1] in ledger for key in keys))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = memory_mb()["peak"]
     assert all(content_key(str(number)) in ledger for number in range(entries - batch, entries))
-    answer.send(
-        {
-            "open_seconds": round(opened, 4),
-            "peak_memory_mb": round(memory / 1024, 1),
-            "lookups_per_second": {"found": found, "missing": missed},
-            "entries_after_kill": len(ledger),
-        }
-    )
+    return {
+        "open_seconds": round(opened, 4),
+        "peak_memory_mb": peak,
+        "lookups_per_second": {"found": found, "missing": missed},
+        "entries_after_kill": len(ledger),
+    }
 
 
-def add_small(folder: Path, answer: Any) -> None:
+def add_small(folder: Path) -> dict[str, Any]:
     """Add batches as a judge does, each of which is on the disk when it is done."""
     ledger, seconds = Ledger(folder, "answers"), []
     for turn in range(200):
@@ -73,26 +70,13 @@ def add_small(folder: Path, answer: Any) -> None:
         start = time.perf_counter()
         ledger.add(batch)
         seconds.append(time.perf_counter() - start)
-    answer.send({"entries": SMALL, "milliseconds": round(1000 * sorted(seconds)[len(seconds) // 2], 2)})
+    return {"entries": SMALL, "milliseconds": round(1000 * sorted(seconds)[len(seconds) // 2], 2)}
 
 
 def _rate(work: Callable[[], bool]) -> int:
     start = time.perf_counter()
     assert work()
     return round(LOOKUPS / (time.perf_counter() - start))
-
-
-def _in_process(work: Callable, *arguments: Any) -> Any:
-    """What a new process sends; and the seconds until then, its start included."""
-    receive, send = context.Pipe(duplex=False)
-    start = time.perf_counter()
-    process = context.Process(target=work, args=(*arguments, send))
-    process.start()
-    send.close()
-    found = receive.recv()
-    seconds = time.perf_counter() - start
-    process.join()
-    return found, round(seconds, 2)
 
 
 def main() -> None:
@@ -123,8 +107,8 @@ def main() -> None:
         for writer in writers:
             os.kill(writer.pid or 0, signal.SIGKILL)
             writer.join()
-        reading, whole = _in_process(read, folder, share * options.processes, options.batch)
-        small, _ = _in_process(add_small, folder)
+        reading, whole = in_process(read, folder, share * options.processes, options.batch)
+        small, _ = in_process(add_small, folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
     finally:
         shutil.rmtree(folder)

@@ -259,7 +259,7 @@ def test_a_full_disk_is_named_and_loses_nothing(workplace, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("data_builders.export.writers.pq.write_table", full)
+        patched.setattr(pq.ParquetWriter, "write_table", full)
         with pytest.raises(InputError, match=r"could not write .*full: No space left"):
             build(settings(workplace, "full"))
     assert contents(workplace / "full") == before

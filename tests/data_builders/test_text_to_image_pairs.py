@@ -493,7 +493,11 @@ def test_kill_9_at_any_moment_then_the_same_command_gives_the_identical_dataset(
     main(settings(workplace, "killed"))
     assert generated(folder) == 3, "the images of the last block"
     assert_identical(folder, workplace / "whole")
-    assert killed_at(0) == BLOCKS and not (folder / "candidates").exists()
+    assert killed_at(0) == BLOCKS
+    assert_identical(folder, workplace / "whole")
+    assert killed_at(1) == BLOCKS
+    with pytest.raises(InputError, match="killed: a builder ended while it replaced these tables"):
+        read_preferences(str(folder), config="pairs")
     main(settings(workplace, "killed"))
     assert generated(folder) == 0
     assert_identical(folder, workplace / "whole")
@@ -504,7 +508,7 @@ def test_a_crash_of_the_export_leaves_nothing_half_made(workplace, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(writers.pq, "write_table", full)
+        patched.setattr(writers.pq.ParquetWriter, "write_table", full)
         with pytest.raises(InputError, match=r"could not write .*whole: No space left"):
             main(settings(workplace, "whole"))
     assert list((workplace / "whole" / "pairs").iterdir()), "the old pairs stay"

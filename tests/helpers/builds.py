@@ -81,15 +81,7 @@ def check_is_a_dataset(folder: Path, copy: Path, default: str) -> None:
 
 def die_at_write(moment: int) -> None:
     """A hook: kill -9 in place of the so-manieth write of results or of a table, counted from 0."""
-    writes = iter(range(moment))
-
-    def counted(original: Callable) -> Callable:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if next(writes, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        return wrapper
+    counted = _dying_at(moment)
 
     def added(self: Ledger, results: dict[str, Any]) -> None:
         assert not any(key in self for key in results), "a result was computed twice"
@@ -97,7 +89,27 @@ def die_at_write(moment: int) -> None:
 
     add = Ledger.add
     Ledger.add = counted(added)
-    pq.write_table = counted(pq.write_table)
+    pq.ParquetWriter.write_table = counted(pq.ParquetWriter.write_table)
+
+
+def die_at_rename(moment: int) -> None:
+    """A hook: kill -9 in place of the so-manieth renaming, counted from 0."""
+    os.replace = _dying_at(moment)(os.replace)
+
+
+def _dying_at(moment: int) -> Callable[[Callable], Callable]:
+    """What makes functions kill the process at their so-manieth call together."""
+    calls = iter(range(moment))
+
+    def counted(original: Callable) -> Callable:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if next(calls, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    return counted
 
 
 def kept(folder: Path, name: str) -> list[str]:
@@ -131,16 +143,26 @@ def ledger_file(file: Path) -> Iterator[sqlite3.Connection]:
 
 def kill_at(moment: int, work: Callable, *arguments: Any) -> None:
     """Do the work in a process that kills itself with SIGKILL at its so-manieth write."""
-    process = multiprocessing.get_context("fork").Process(target=_dying, args=(moment, work, *arguments))
+    _kill(die_at_write, moment, work, *arguments)
+
+
+def kill_at_rename(moment: int, work: Callable, *arguments: Any) -> None:
+    """Do the work in a process that kills itself with SIGKILL at its so-manieth renaming."""
+    _kill(die_at_rename, moment, work, *arguments)
+
+
+def _kill(hook: Callable[[int], None], moment: int, work: Callable, *arguments: Any) -> None:
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_dying, args=(hook, moment, work, *arguments))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
 
 
-def _dying(moment: int, work: Callable, *arguments: Any) -> None:
+def _dying(hook: Callable[[int], None], moment: int, work: Callable, *arguments: Any) -> None:
     # Torch renews its thread pool in a fork at the first use; two threads that do it at once would crash.
     torch.set_num_threads(torch.get_num_threads())
-    die_at_write(moment)
+    hook(moment)
     work(*arguments)
 
 

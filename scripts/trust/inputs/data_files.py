@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 from pictures import png
+from rows import FORMATS, made, or_refused, picture, write_pairs_at, write_pictures, write_rows
 from trial import Trial
 from world import World
 
-from inputs._tables import FORMATS, made, or_refused, picture, write_pairs_at, write_pictures, write_rows
 from prefopt.diffusion.tables import read_preferences
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import datasets
 from pictures import png
+from rows import FORMATS, LONG, made, picture, write_pairs_at, write_pictures
 from trial import Trial
 from world import World
 
 from data_builders.images.real import Limits, read_real
-from inputs._tables import FORMATS, LONG, made, picture, write_pairs_at, write_pictures
 from prefopt.diffusion.tables import read_preferences, read_sft
 
 # Saved datasets

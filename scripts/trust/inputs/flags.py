@@ -27,6 +27,10 @@ WITH_OTHERS = {
     "timestep_range",
     "discriminator_window",
     "neftune_noise_alpha",
+    "eval_accumulation_steps",
+    "eval_delay",
+    "eval_steps",
+    "visits",
 }
 
 
@@ -87,7 +91,8 @@ def _numbers(world: World) -> Iterator[Trial]:
                 says = value != str(field.default) and _refused(
                     value, range_of(field), whole=float not in types
                 )
-                if says or field.name not in WITH_OTHERS:
+                alone = field.name not in WITH_OTHERS and not field.metadata.get("needs")
+                if says or alone or value == str(field.default):
                     act = parsing(name, world, f"--{field.name}={value}")
                     shown = value if len(value) < 10 else f"{len(value)} digits"
                     says = (rf"--{field.name}\b",) if says else ()
@@ -106,6 +111,7 @@ def _refused(value: str, interval: str | None, *, whole: bool) -> bool:
 
 # Words
 
+MEASURED = {"test_fraction": 0.5, "eval_strategy": "epoch", "metric_for_best_model": "fid"}
 
 LONG, NUL = "x" * 5000, "a\0b"
 WORDS: Mapping[str, tuple[str, ...]] = {
@@ -146,6 +152,14 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "load_best_model_at_end": ("true",),
     "eval_steps": ("5",),
     "label_smoothing_factor": ("0.1",),
+    "remove_unused_columns": ("true",),
+    "logit_mean": ("1",),
+    "validation_steps": ("5",),
+    "discriminator_learning_rate": ("0.1",),
+    "hub_model_id": ("me/mine",),
+    "dataloader_persistent_workers": ("true",),
+    "eval_on_start": ("true",),
+    "warmup_steps": ("3 --lr_scheduler_type=constant",),
     "use_peft": ("perhaps",),
     "bf16": ("perhaps",),
     "config": ("", NUL, LONG, "nowhere.yaml", ".", "/dev/null"),
@@ -173,13 +187,21 @@ OTHERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "self_critique": {"critic_url": ("http://localhost",), "answers": ("1", "17"), "margin": ("0.5",)},
     "discriminator_pairs": {"sources": ("a", "caption=raw", ""), "exports": ("sft",), "height": ("16",)},
     "vlm_qlora_ensemble": {"average_rank": ("0",)},
-    "vlm_dpo": {"test_size": ("0", "nan"), "bnb_4bit_quant_type": ("fp4",), "beta": ("0",)},
+    "vlm_dpo": {
+        "split_seed": ("4",),
+        "visits": ("5",),
+        "test_size": ("0", "nan", "2.5"),
+        "bnb_4bit_quant_type": ("fp4",),
+        "beta": ("0",),
+    },
     "diffusion_cpo": {"loss_type": ("dpo", "hinge")},
     "diffusion_methods": {"methods": ("rlhf", ""), "build": ("nowhere.yaml",), "compare": ("",)},
     "self_rewarding_rounds": {"rounds": ("0",), "sft": ("nowhere.yaml",), "classes": ("",)},
     "compare_text_to_image": {"systems": ("",), "prompts": ("nowhere.txt", ""), "votes": ("nowhere.json",)},
     "compare_vlm": {"systems": ("", "one"), "rubric": ("answers",), "critic_url": ("http://localhost",)},
     "discriminator": {
+        "r1_gamma": ("5 --regulariser=none",),
+        "reference": ("cache",),
         "widths": ("0", "-1", "9000"),
         "eval_strategy": ("steps",),
         "dataset_test_split": ("train",),
@@ -200,7 +222,8 @@ def _in_folder(name: str, world: World, option: str, value: str) -> Callable[[Pa
     def act(folder: Path) -> object:
         (folder / "file").write_text("[1]")
         (folder / "link").symlink_to("link")
-        return parsing(name, world, f"--{option}={value}")(folder)
+        first, *more = f"{option}={value}".split(" --")
+        return parsing(name, world, f"--{first}", *(f"--{word}" for word in more))(folder)
 
     return act
 
@@ -215,6 +238,9 @@ def _runs(world: World) -> Iterator[Trial]:
         ("diffusion_dpo", {"lora_target_modules": "nothing"}, "lora_target_modules"),
         ("diffusion_dpo", {"resolution": 15}, "resolution"),
         ("diffusion_dpo", {"learning_rate": 1e38}, "finite"),
+        ("diffusion_dpo", {"push_to_hub": None}, "push_to_hub"),
+        ("diffusion_dpo", {"push_to_hub": None, "hub_model_id": "!!"}, "push_to_hub"),
+        ("diffusion_dpo", MEASURED | {"save_strategy": "best"}, "metric_for_best_model.*loss"),
         ("diffusion_dpo", {"resume_from_checkpoint": "nowhere"}, "nowhere"),
         ("diffusion_dpo", {"dataset_train_split": "nowhere"}, "nowhere"),
         ("diffusion_dpo", {"test_fraction": 0.001, "eval_strategy": "steps"}, "test_fraction"),

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from damage import JSON, PLACES, WEIGHTS, Damage
-from trial import Trial
+from damage import JSON, PLACES, WEIGHTS, Damage, options
+from trial import Trial, program
 from world import World
 
 
@@ -181,9 +181,72 @@ def names() -> Iterator[Trial]:
             )
 
 
+# Of a pipeline's index: an entry, and what the message names.
+INDICES = {
+    "an unknown class": ({"unet": ["diffusers", "NoSuchNetwork"]}, "'unet' is .*NoSuchNetwork"),
+    "a class of another library": ({"unet": ["os", "system"]}, "'unet' is .*system"),
+    "a module that would be imported": ({"unet": ["antigravity", "fly"]}, "'unet' is .*antigravity"),
+    "a function": ({"unet": ["transformers", "pipeline"]}, "'unet' is .*pipeline"),
+    "a class that is loaded from no folder": ({"unet": ["transformers", "Trainer"]}, "'unet' is .*Trainer"),
+    "a list of three": ({"unet": ["diffusers", "UNet2DConditionModel", "x"]}, "'unet' is"),
+    "a list of numbers": ({"unet": [1, 2]}, "'unet' is"),
+    "another kind of network": ({"unet": ["transformers", "CLIPTextModel"]}, "unet"),
+    "an unknown pipeline": ({"_class_name": "NoSuchPipeline"}, "NoSuchPipeline"),
+    "a pipeline that is a network": ({"_class_name": "UNet2DConditionModel"}, "pipeline"),
+    "a pipeline that is a number": ({"_class_name": 5}, "pipeline"),
+    "a pipeline of its own code": ({"_class_name": ["code", "Code"]}, "pipeline"),
+    "no pipeline": ({"_class_name": None}, "pipeline"),
+    "no network": ({"unet": None}, "pipeline"),
+    "a part without a folder": ({"scheduler_2": ["diffusers", "DDIMScheduler"]}, "scheduler_2"),
+}
+# Of a VLM's config.json.
+VLMS = {
+    "an unknown type": {"model_type": "nothing"},
+    "no type": {"model_type": None},
+    "a type that is a list": {"model_type": []},
+    "code of its own, of an unknown type": {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "code.Mine", "AutoModelForImageTextToText": "code.Model"},
+    },
+    "a text model that is a number": {"text_config": 5},
+    "a text model of text": {"text_config": {"model_type": "llama", "hidden_size": "wide"}},
+    "heads that divide by zero": {"text_config": {"model_type": "llama", "num_attention_heads": 0}},
+    "a size below zero": {"text_config": {"model_type": "llama", "hidden_size": -8}},
+}
+
+
 def changed_configs(world: World) -> Iterator[Trial]:
-    return iter(())
+    """Configs that are JSON and make no model."""
+    pipeline, vlm = KINDS[:2]
+    for what, (entries, said) in INDICES.items():
+        acting = loading(pipeline, world, "model_index.json", options(**entries))
+        yield Trial(f"pipeline: its index names {what}", acting, (r"/model\b", said))
+    for what, entries in VLMS.items():
+        acting = loading(vlm, world, "config.json", options(**entries))
+        yield Trial(f"VLM: its config names {what}", acting, (r"/model\b", "vision-language model"))
+    harmless = options(auto_map={"AutoConfig": "code.Mine"})
+    yield Trial("VLM: its config names code that is not used", loading(vlm, world, "config.json", harmless))
 
 
 def whole_programs(world: World) -> Iterator[Trial]:
-    return iter(())
+    """A few, as a command line meets them."""
+    for name, file, change in (
+        ("diffusion_dpo", "unet/config.json", JSON["is an opening bracket"]),
+        ("diffusion_dpo", UNET, WEIGHTS["holds a NaN"]),
+        ("vlm_dpo", "tokenizer.json", Path.unlink),
+        ("vlm_dpo", "model.safetensors", WEIGHTS["is a pickle"]),
+    ):
+        yield Trial(
+            f"{name} with a model whose {file} is damaged", running(world, name, file, change), (r"/model\b",)
+        )
+
+
+def running(world: World, name: str, file: str, change: Damage) -> Callable[[Path], None]:
+    """Copy a recipe's model, damage a file of it, and train it."""
+
+    def act(folder: Path) -> None:
+        copy = copied(world.vlm if name == "vlm_dpo" else world.diffusion, folder)
+        change(copy / file)
+        program(name, world.options(name) | {"model_name_or_path": copy})(folder)
+
+    return act

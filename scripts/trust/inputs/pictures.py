@@ -13,10 +13,10 @@ from pictures import cell, png, write_table
 from pictures import encoded as _encoded
 from pictures import picture as _picture
 from PIL import Image
+from rows import or_refused
 from trial import Trial
 from world import World
 
-from inputs._tables import or_refused
 from prefopt.diffusion.latents import prepare_image
 from prefopt.diffusion.tables import read_preferences
 from prefopt.vlm.examples import read_vision_examples

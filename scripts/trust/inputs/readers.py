@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rows import FORMATS, LONG, SECRET, picture, reading, write_rows
 from trial import Trial, program
 from world import World
-
-from inputs._tables import FORMATS, LONG, SECRET, picture, reading, write_rows
 
 PATHS = {
     "missing": ("pictures/99.png", "not there"),

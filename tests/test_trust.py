@@ -1,0 +1,10 @@
+"""A sample of the campaign of bad inputs; the whole of it is `python scripts/trust/campaign.py`."""
+
+from launching import launch
+
+
+def test_a_sample_of_the_campaign(tmp_path):
+    running = launch("scripts/trust/campaign.py", {"sample": 5, "processes": 1}, tmp_path / "output")
+    assert running.wait(300) == 0, running.text()
+    *_, header, _, total = running.text().strip().splitlines()
+    assert header.startswith("inputs") and int(total.split()[1]) > 0
