@@ -64,7 +64,7 @@ def failed(place: Workplace, name: str, disk: str, advice: str, code: int, text:
     """What is wrong with how a program ended."""
     lines = text.splitlines()
     said = next((line for line in reversed(lines) if line.startswith("error: ")), "")
-    found = Failure(name, disk, code, said)
+    found = Failure(name, disk, code, said.replace(f"{place.folder}/", ""))
     if code != BAD_INPUT:
         found.faults.append(f"exit code {code}")
     if "Traceback" in text:
