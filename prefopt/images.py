@@ -37,7 +37,9 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def read_saved(path: Path) -> Image.Image:
-    """A picture that `save_image` wrote, in RGB; one that is damaged since is an InputError."""
+    """A picture that `save_image` wrote, in RGB; one that is damaged or gone since is an InputError."""
+    if not path.exists():
+        raise InputError(f"{path} was removed meanwhile: run the same command again")
     try:
         return open_image(path.read_bytes(), str(path))
     except (OSError, InputError) as error:
