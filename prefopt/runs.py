@@ -226,7 +226,9 @@ class Interrupt(TrainerCallback):
         if self.received:
             raise Interrupted(number, "at once, without a new checkpoint")
         self.received = number
-        os.write(2, b"\nstopping after this step, with a checkpoint; a second signal stops at once\n")
+        os.write(
+            2, b"\nstopping after this step, with a checkpoint; a signal after 5 seconds stops at once\n"
+        )
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Request a checkpoint and the end of training once any process was interrupted."""

@@ -387,7 +387,9 @@ def test_a_plain_module_is_saved_and_resumed(tmp_path):
     load_model(fresh, halves / "run" / "model.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), whole.parameters(), strict=True))
     (halves / "run" / "checkpoint-4" / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"model.safetensors does not hold the weights of this Tied"):
+    with pytest.raises(
+        InputError, match=r"weights of a Tied in .*checkpoint-4/model.safetensors cannot be loaded"
+    ):
         run(halves, 6, resume_from_checkpoint="latest")
 
 
