@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 # In the messages of gloo, of NCCL and of torch's store when another process is gone.
 LOST = ("/gloo/transport/", "remote process exit", "Connection was likely closed", "Broken pipe")
-# Seconds: a scheduler signals every process, a launcher hands the signal on, and Python hears of a signal only
-# when a long call, such as one that writes a file, is over.
+# Seconds: a scheduler signals every process, a launcher hands the signal on, and Python hears of a signal
+# only when a long call, such as one that writes a file, is over.
 TOGETHER = 5.0
 
 _last = -TOGETHER
