@@ -152,6 +152,7 @@ def test_unknown_and_impossible_options(options, refused, words, said):
     ("text", "said"),
     [
         ("beta_dpoo: 3", "beta_dpoo"),
+        ("env: {A_VARIABLE: '1'}", "env"),
         ("loss_type: ppo", "loss_type is 'ppo'; choose from dpo, ipo, hinge, robust"),
         ("seed: many", "seed"),
         ("seed: 1.5", "seed"),
