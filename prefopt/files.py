@@ -115,7 +115,7 @@ def used_variant(part: Path, variant: str | None) -> str | None:
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file; anything else there is an InputError that ends with `remedy`."""
-    _check_is_file(path, remedy)
+    check_is_file(path, remedy)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -127,17 +127,18 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 def open_tensors(path: Path, remedy: str) -> Any:
     """`safe_open` of a file of safetensors; a damaged one is an InputError that ends with `remedy`."""
-    _check_is_file(path, remedy)
+    check_is_file(path, remedy)
     try:
         return safe_open(path, framework="pt")
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} is no whole file of safetensors: {error}. {remedy}") from error
 
 
-def _check_is_file(path: Path, remedy: str) -> None:
-    # Also not a pipe, which would never end.
+def check_is_file(path: Path, remedy: str) -> None:
+    """InputError, which ends with `remedy`, for what is no file: reading a pipe would never end."""
     if not path.is_file():
-        what = "is no file" if path.exists() or path.is_symlink() else "is not there"
+        there = path.exists() or path.is_symlink()
+        what = "is no file, but a folder, a pipe, a device or a broken link" if there else "is not there"
         raise InputError(f"{path} {what}. {remedy}")
 
 

@@ -19,7 +19,6 @@ _NUMBERS = {  # the errno of SQLite's errors
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_PERM: errno.EACCES,
-    sqlite3.SQLITE_CANTOPEN: errno.ENOENT,
 }
 _TABLE = "CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, value BLOB NOT NULL, crc INT NOT NULL)"
 _ADD = "INSERT OR REPLACE INTO results VALUES (?, ?, ?)"
@@ -66,7 +65,9 @@ class Ledger:
         rows = [(key, value, _crc(key, value)) for key, value in values.items()]
         with _reporting_errors(self._own):
             if self._own not in self._files:
-                self._keep(self._own, _opened(self._own, "rwc"))
+                with reporting_write_errors(self._own):
+                    self._own.touch()  # SQLite would not say why it cannot
+                self._keep(self._own, _opened(self._own))
                 self._files[self._own].execute(_TABLE)
             with self._files[self._own] as own:  # a transaction
                 own.executemany(_ADD, rows)
@@ -75,7 +76,7 @@ class Ledger:
         """Find the files of processes that began to write after this ledger was opened."""
         for file in sorted(set(self.folder.glob(f"{self.name}-*.sqlite")) - self._files.keys()):
             with _reporting_errors(file):
-                connection = _opened(file, "rw")  # not "ro": what a killed process left is undone first
+                connection = _opened(file)
                 if connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                     self._keep(file, connection)
                 else:  # its process has yet to make the table
@@ -98,9 +99,10 @@ class Ledger:
             return self._files[file].execute(query, values).fetchall()
 
 
-def _opened(file: Path, mode: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(f"file:{quote(str(file))}?mode={mode}", uri=True, timeout=WAIT)
-    # A write-ahead log would be faster, but is for one machine alone.
+def _opened(file: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=WAIT)
+    # Not read only, even to read: what a killed process left is undone first. A write-ahead log would be
+    # faster, but is for one machine alone.
     connection.execute("PRAGMA journal_mode = TRUNCATE")
     connection.execute("PRAGMA synchronous = FULL")
     return connection
@@ -123,7 +125,9 @@ def _reporting_errors(file: Path) -> Iterator[None]:
         kind = error.sqlite_errorcode & 0xFF
         if kind == sqlite3.SQLITE_BUSY:
             raise InputError(f"{file}: {error}. Wait until no other process uses it") from error
-        raise InputError(f"could not write {file}: {error}. {advice(_NUMBERS.get(kind))}") from error
+        # To SQLite, a file that was removed meanwhile is one that may not be written.
+        number = _NUMBERS.get(kind) if file.exists() else errno.ENOENT
+        raise InputError(f"could not write {file}: {error}. {advice(number)}") from error
 
 
 def _damaged(file: Path, why: object) -> str:

@@ -38,9 +38,6 @@ COMMON_OPTIONS = {
     "warmup_steps",
 }
 
-LONGEST_PATH, LONGEST_PART = 4096, 255  # bytes that Linux allows
-
-
 # Of transformers' options, the range of each number.
 TRAINER_RANGES = {
     "adam_beta1": "[0, 1)",
@@ -74,7 +71,7 @@ TRAINER_RANGES = {
 }
 # Options that name a folder that is made if it is not there.
 FOLDERS = ("output_dir", "cache_dir")
-LONGEST = 4096  # characters of a text, as of a path
+LONGEST, LONGEST_PART = 4096, 255  # of a text, and of a part of a path: what Linux allows of a path, in bytes
 LARGEST = 10**15  # of whole numbers, which are then exact as floats, too
 
 
@@ -97,6 +94,11 @@ def range_of(option: Field) -> str | None:
     return option.metadata.get("within") or TRAINER_RANGES.get(option.name)
 
 
+def default_of(option: Field) -> Any:
+    """The value of an option that is not given."""
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
 def shown(value: object) -> str:
     """A value as a message shows it: not longer than a line."""
     text = repr(value)
@@ -112,8 +114,7 @@ def check_options(config: object) -> None:
     hints = get_type_hints(type(config))
     for each in fields(config):  # pyright: ignore[reportArgumentType]
         value = getattr(config, each.name)
-        default = each.default if each.default_factory is MISSING else each.default_factory()
-        if value is None or value == default:
+        if value is None or value == default_of(each):
             continue
         types = option_types(hints[each.name])
         for one in value if isinstance(value, list) else [value]:
@@ -123,12 +124,12 @@ def check_options(config: object) -> None:
                 _check_text(f"--{each.name}", one)
                 _check_choice(f"--{each.name}", one, types)
         if needs := each.metadata.get("needs"):
-            _check_needs(config, each.name, needs)
+            check_needs(config, each.name, needs)
         if each.name in FOLDERS:
             _check_folder(f"--{each.name}", str(value))
 
 
-def _check_needs(config: object, name: str, needs: str) -> None:
+def check_needs(config: object, name: str, needs: str) -> None:
     """InputError for an option that has no effect without one of some others, of which none is given."""
     for other in needs.split(" or "):
         option, _, value = other.partition("=")
@@ -210,12 +211,12 @@ def _check_folder(where: str, name: str) -> None:
 def check_name(name: str | Path, where: str) -> None:
     """InputError for what is the name of no file and of nothing on the hub; `where` it was given."""
     if not str(name).strip() or "\0" in str(name):
-        raise InputError(f"{where} is {str(name)!r}; give a name or a path")
+        raise InputError(f"{where} is {shown(str(name))}; give a name or a path")
     try:
         parts = [os.fsencode(part) for part in str(name).split("/")]
     except UnicodeError as error:
         raise InputError(f"{where} is {str(name)!r}, which is no text: {error}") from error
-    if sum(map(len, parts)) + len(parts) > LONGEST_PATH or max(map(len, parts)) > LONGEST_PART:
+    if sum(map(len, parts)) + len(parts) > LONGEST or max(map(len, parts)) > LONGEST_PART:
         beginning = str(name)[:40]
         raise InputError(f"{where} is too long for a path; it begins with {beginning!r}")
 

@@ -13,7 +13,7 @@ import datasets
 import pyarrow
 
 from prefopt.errors import InputError
-from prefopt.files import content_key, file_state
+from prefopt.files import check_is_file, content_key, file_state
 
 LONGEST = 100_000_000  # characters of a line
 DEEPEST = 16  # levels of a column's type; Arrow stores no more than 64
@@ -79,8 +79,7 @@ def _below(folder: str, paths: Any) -> Any:
 
 def _records(file: Path) -> list[dict[str, Any]]:
     """The records of a file, each with at least one value."""
-    if not os.path.isfile(file):
-        raise InputError(f"{file} is a pipe, a device or a broken link; name a file")
+    check_is_file(file, "Name a file")
     try:
         records = _from_csv(file) if file.suffix == ".csv" else _from_json(file)
     except UnicodeDecodeError as error:

@@ -1,6 +1,5 @@
 """Parquet and Arrow files, and datasets saved as such; one that is damaged is named."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
 from prefopt.errors import InputError
-from prefopt.files import read_object
+from prefopt.files import check_is_file, read_object
 from prefopt.paths import file_inside
 
 TABLES = (".parquet", ".arrow")
@@ -162,8 +161,7 @@ def _opened(file: Path) -> Iterator[Any]:
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
     """Turn what a damaged file raises into an InputError that names it."""
-    if not os.path.isfile(file):
-        raise InputError(f"{file} is a pipe, a device or a broken link; name a file")
+    check_is_file(file, "Name a file")
     try:
         yield
     except InputError:

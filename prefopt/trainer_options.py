@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments, get_scheduler
 
 from prefopt.errors import InputError
-from prefopt.options import shown
+from prefopt.options import check_needs, default_of, shown
 
 # Options that nothing here reads, and what to use in their place.
 IDLE = {
@@ -57,8 +57,8 @@ def check_trainer_options(config: TrainingArguments) -> None:
     _check_evaluation(config)
     for names, needed in ((OF_UPLOADING, "push_to_hub"), (OF_WORKERS, "dataloader_num_workers")):
         for name in names:
-            if not getattr(config, needed) and not _is_default(config, name):
-                raise InputError(f"--{name} has no effect without --{needed}; add that, or leave it out")
+            if not _is_default(config, name):
+                check_needs(config, name, needed)
     if _word(config.lr_scheduler_type) == "constant" and config.warmup_steps:
         raise InputError(
             "--warmup_steps has no effect with --lr_scheduler_type constant; take constant_with_warmup, or "
@@ -91,8 +91,7 @@ def _refuse_idle(config: TrainingArguments) -> None:
 
 def _is_default(config: TrainingArguments, name: str) -> bool:
     field = next(field for field in fields(TrainingArguments) if field.name == name)
-    make = field.default_factory
-    return getattr(config, name) == (field.default if make is MISSING else make())
+    return getattr(config, name) == default_of(field)
 
 
 def _read_mappings(config: TrainingArguments) -> None:

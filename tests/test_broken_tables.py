@@ -55,7 +55,7 @@ def test_a_table_is_a_file(tmp_path: Path, kind: str, ending: str) -> None:
         os.mkfifo(file)
     else:
         file.symlink_to("/dev/zero" if kind == "zeros" else file.name)
-    with pytest.raises(InputError, match=f"train.{ending} is a pipe, a device or a broken link"):
+    with pytest.raises(InputError, match=f"train.{ending} is no file, but a folder, a pipe, a device"):
         read_preferences(str(tmp_path))
     if kind != "loop":
         with pytest.raises(InputError, match="a pipe, a device or a broken link"):

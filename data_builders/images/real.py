@@ -22,7 +22,7 @@ from data_builders.engine.stages import Record
 from data_builders.export.summary import reasons
 from prefopt import pocket
 from prefopt.errors import InputError
-from prefopt.files import content_key
+from prefopt.files import check_is_file, content_key
 from prefopt.local_tables import folder_state, table_folder
 from prefopt.pocket.world import PHRASINGS, caption, render, train_scenes
 from prefopt.records import Source, load, no_tensors_decoded, read_split, refuse_options
@@ -197,8 +197,7 @@ def _shard_rows(folder: Path, shards: list[Path], split: str) -> Dataset:
 def _check_shard(shard: Path) -> None:
     """InputError for the first file of a shard that is damaged, or is no object of JSON or no text."""
     where = str(shard)
-    if not shard.is_file():
-        raise InputError(f"{where} is a pipe, a device or a broken link; delete it")
+    check_is_file(shard, "Delete it")
     try:
         with tarfile.open(shard) as opened:
             for member in opened:

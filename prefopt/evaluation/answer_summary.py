@@ -87,11 +87,7 @@ def summarise_answers(
         "systems": {
             name: {
                 **systems[name],
-                "means": {
-                    "loss": mean(own[name]["loss"], tokens),
-                    "bleu": bleu[name][0],
-                    **{metric: mean(values) for metric, values in own[name].items() if metric not in LOSS},
-                },
+                "means": _means(own[name], tokens) | {"bleu": bleu[name][0]},
                 "unread": unread(own[name]),
                 **_facts(table[name], table[first]),
             }
@@ -100,6 +96,10 @@ def summarise_answers(
         "contrasts": [pair for pair in pairs if pair["against"] == first],
         "further": [pair for pair in pairs if pair["against"] != first],
     }
+
+
+def _means(scores: Mapping[str, np.ndarray], tokens: np.ndarray) -> dict[str, float | None]:
+    return {metric: mean(values, tokens if metric in LOSS else None) for metric, values in scores.items()}
 
 
 def _scores(rows: Sequence[Mapping], metrics: Mapping[str, Mapping]) -> dict[str, np.ndarray]:

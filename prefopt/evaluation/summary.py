@@ -73,19 +73,18 @@ def summarise(
         "groups": len(set(prompts)),  # that are resampled
         "seeds": len(texts) // len(set(texts)),  # of each prompt
         "metrics": {metric: dict(told) for metric, told in metrics.items()},
-        "systems": {
-            name: {
-                **systems[name],
-                "means": {metric: mean(values) for metric, values in scores[name].items()},
-                "unread": unread(scores[name]),
-            }
-            for name in names
-        },
+        "systems": {name: {**systems[name], **_means(scores[name])} for name in names},
         "contrasts": [compared(name, against) for name, against in _opponents(systems).items()],
         "further": [] if best else [compared(name, against) for against, name in combinations(names[1:], 2)],
         "best": best,
         "votes": tally(ballots, rows, metrics, tie, same) if ballots else None,
     }
+
+
+def _means(scores: Mapping[str, np.ndarray]) -> dict[str, dict]:
+    """A system's means by metric, and how many scores could not be read."""
+    means = {metric: mean(values) for metric, values in scores.items()}
+    return {"means": means, "unread": unread(scores)}
 
 
 def headlines(summary: Mapping) -> dict[str, dict]:

@@ -53,6 +53,19 @@ def loop(path: Path) -> None:
     path.symlink_to(path)
 
 
+SPECIAL = ("a folder", "a pipe", "a device", "a link to itself", "nothing")
+
+
+def special(place: Path, kind: str) -> Path:
+    """The path of something that is no ordinary file, one of SPECIAL: made at `place`, but for the device."""
+    if kind == "a device":
+        return Path("/dev/zero")
+    if kind != "nothing":
+        place.touch()
+        {"a folder": folder, "a pipe": pipe, "a link to itself": loop}[kind](place)
+    return place
+
+
 class Runs:
     """What, unpickled, leaves a file `unpickled` in the current folder."""
 
@@ -106,11 +119,6 @@ def tensors(change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Damage
 def without_one(values: dict[str, Any]) -> None:
     """Without the last tensor."""
     del values[max(values)]
-
-
-def with_one_more(values: dict[str, Any]) -> None:
-    """With a tensor that no model has."""
-    values["nobody.knows.this.weight"] = next(iter(values.values())).clone()
 
 
 def of_another_shape(values: dict[str, Any]) -> None:

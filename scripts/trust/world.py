@@ -1,6 +1,5 @@
 """What trials begin from: tiny models, tables and finished runs, made once, and options of runs that work."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +16,20 @@ SMALL_RUN = {
 }
 
 
-@dataclass(frozen=True)
 class World:
     """Folders that exist; trials read them, or copy them to change something."""
 
-    folder: Path
-
-    @property
-    def diffusion(self) -> Path:
-        """A tiny Stable Diffusion pipeline, 16 x 16."""
-        return self.folder / "diffusion"
-
-    @property
-    def vlm(self) -> Path:
-        """A tiny LLaVA, images of 32 x 32."""
-        return self.folder / "vlm"
-
-    @property
-    def pairs(self) -> Path:
-        """Eight pairs of images, one Parquet file."""
-        return self.folder / "pairs"
-
-    @property
-    def ranked(self) -> Path:
-        """Lists of three images with their ranks."""
-        return self.folder / "ranked"
-
-    @property
-    def vision_pairs(self) -> Path:
-        """Twelve vision preference rows, a saved dataset."""
-        return self.folder / "vision-pairs"
-
-    @property
-    def run(self) -> Path:
-        """A finished run of diffusion_dpo.py: an adapter, checkpoint-1 and checkpoint-2, its cache beside."""
-        return self.folder / "run"
-
-    @property
-    def vlm_run(self) -> Path:
-        """A finished run of vlm_dpo.py, in the same way."""
-        return self.folder / "vlm-run"
-
-    @property
-    def build(self) -> Path:
-        """A finished build of text_to_image_pairs.py: two prompts, two images each."""
-        return self.folder / "build"
-
-    @property
-    def comparison(self) -> Path:
-        """A finished comparison of the base with `run`: two prompts, one seed."""
-        return self.folder / "comparison"
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.diffusion = folder / "diffusion"  # a tiny Stable Diffusion pipeline, 16 x 16
+        self.vlm = folder / "vlm"  # a tiny LLaVA, images of 32 x 32
+        self.pairs = folder / "pairs"  # eight pairs of images, one Parquet file
+        self.ranked = folder / "ranked"  # lists of three images with their ranks
+        self.vision_pairs = folder / "vision-pairs"  # twelve vision preference rows, a saved dataset
+        # Finished runs of diffusion_dpo.py, its cache inside, and vlm_dpo.py: an adapter, two checkpoints.
+        self.run, self.vlm_run = folder / "run", folder / "vlm-run"
+        self.build = folder / "build"  # of text_to_image_pairs.py: two prompts, two images each
+        self.comparison = folder / "comparison"  # of the base with `run`: two prompts, one seed
 
     def options(self, name: str) -> dict[str, Any]:
         """Options of the smallest run of a program that works."""

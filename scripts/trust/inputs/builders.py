@@ -1,12 +1,12 @@
 """Prompts, sources, earlier outputs and votes that builders and comparisons cannot use."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from damage import SPECIAL, special
 from trial import Trial, program
 from world import World
 
@@ -47,24 +47,13 @@ def _prompts(world: World) -> Iterator[Trial]:
             program(PAIRS, world.options(PAIRS) | {"prompts": folder / "prompts.txt"})(folder)
 
         yield Trial(f"prompts: {name}", act, says, None if says else _has_pairs)
-    for kind in ("a folder", "a pipe", "a device", "a link to itself", "nothing"):
+    for kind in SPECIAL:
 
-        def special(folder: Path, kind: str = kind) -> None:
-            place = _special(folder / "place", kind)
+        def no_file(folder: Path, kind: str = kind) -> None:
+            place = special(folder / "place", kind)
             program(PAIRS, world.options(PAIRS) | {"prompts": place})(folder)
 
-        yield Trial(f"prompts: {kind}", special, ("place|/dev/zero",))
-
-
-def _special(place: Path, kind: str) -> Path:
-    """Something that is no ordinary file."""
-    if kind == "a folder":
-        place.mkdir()
-    elif kind == "a pipe":
-        os.mkfifo(place)
-    elif kind == "a link to itself":
-        place.symlink_to(place.name)
-    return Path("/dev/zero") if kind == "a device" else place
+        yield Trial(f"prompts: {kind}", no_file, ("place|/dev/zero",))
 
 
 def _has_pairs(folder: Path) -> None:

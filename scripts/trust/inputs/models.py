@@ -52,12 +52,6 @@ def load_yolo(name: str) -> Any:
     return load_detector(name)
 
 
-def load_reward(name: str) -> Any:
-    from prefopt.judges.reward import RewardJudge
-
-    return RewardJudge(name)
-
-
 def of_pocket(part: str) -> Callable[[World], Path]:
     """A folder of the pocket."""
 

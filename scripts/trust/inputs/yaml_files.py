@@ -1,9 +1,9 @@
 """Files of options: what is no YAML, what is too much of it, and values of other types than their options."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from damage import SPECIAL, special
 from trial import Trial
 from world import World
 
@@ -137,7 +137,7 @@ def trials(world: World) -> Iterator[Trial]:
             yield Trial(f"{option}: {value} is taken", _with_file(f"{option}: {value}\n"))
     yield Trial("a byte order mark", _with_file("\ufeffmax_steps: 1\n"))
     yield Trial("CRLF", _with_file("max_steps: 1\r\nseed: 2\r\n"))
-    for kind in ("a folder", "a pipe", "a device", "a link to itself", "nothing"):
+    for kind in SPECIAL:
         yield Trial(kind, _special(kind), ("options.yaml|/dev/zero",))
 
 
@@ -153,14 +153,7 @@ def _with_file(content: bytes | str) -> Callable[[Path], object]:
 
 def _special(kind: str) -> Callable[[Path], object]:
     def act(folder: Path) -> object:
-        file = folder / "options.yaml"
-        if kind == "a folder":
-            file.mkdir()
-        elif kind == "a pipe":
-            os.mkfifo(file)
-        elif kind == "a link to itself":
-            file.symlink_to(file.name)
-        file = Path("/dev/zero") if kind == "a device" else file
+        file = special(folder / "options.yaml", kind)
         return cli.parse(config_class(PROGRAM), ["--config", str(file)])
 
     return act
