@@ -22,6 +22,7 @@ from prefopt.files import make_readable, reporting_write_errors
 from prefopt.loading import check_finite
 from prefopt.resuming import reading
 from prefopt.runs import Ema
+from prefopt.sharding import complete_states
 
 STAGING = "unfinished"  # no name that transformers takes for a checkpoint
 
@@ -210,6 +211,11 @@ class CheckpointingTrainer(Trainer):
                     f"the checkpoint's weights do not fit this {type(self.model).__name__}: they {what} "
                     f"{len(names)} tensors, {names[0]} among them"
                 )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            complete_states(self.optimizer)
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(str(checkpoint), "state of the optimizer or its schedule"):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import strtobool
@@ -44,6 +45,23 @@ def prepare_fsdp(plugin: Any, model: nn.Module) -> None:
         there = {type(module).__name__ for module in model.modules()}
         names = getattr(model, "_no_split_modules", None) or ()
         plugin.transformer_cls_names_to_wrap = [name for name in names if name in there]
+
+
+def complete_states(optimizer: Any) -> None:
+    """Give each parameter that had no gradient yet the state that it would begin with, which is all zeros.
+
+    torch resumes no split optimizer that lacks one; a vision tower's last layer may never have a gradient.
+    """
+    known = next(((parameter, state) for parameter, state in optimizer.state.items() if state), None)
+    if known is None:
+        return
+    example, values = known
+    for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+        if parameter.requires_grad and not optimizer.state.get(parameter):
+            optimizer.state[parameter] = {
+                name: torch.zeros_like(parameter if value.shape == example.shape else value)
+                for name, value in values.items()
+            }
 
 
 def load_whole_models() -> None:

@@ -190,7 +190,8 @@ def assert_equal(one: Path, two: Path, tolerance: float) -> None:
     """The losses and the weights of both runs are equal, but for rounding."""
     for log in sorted(one.rglob("metrics.jsonl")):
         other = two / log.relative_to(one)
-        assert logged(other.parent) == pytest.approx(logged(log.parent), abs=1e-5)
+        # CPO's likelihood term is a loss of about a thousand, in float32.
+        assert logged(other.parent) == pytest.approx(logged(log.parent), abs=1e-5, rel=1e-6)
         assert len(set(logged(log.parent))) == 4
     expected, found = weights(one), weights(two)
     assert found.keys() == expected.keys() and expected
@@ -211,7 +212,7 @@ def test_two_processes_equal_one(settings, name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 @pytest.mark.parametrize("options", [{}, FULL], ids=["lora", "all"])
-@pytest.mark.parametrize("name", ["diffusion_dpo", "diffusion_sft", "vlm_dpo", "vlm_sft"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_two_processes_that_share_the_weights_equal_one(settings, name, options, shards, tmp_path):
     """FSDP2: losses, what is saved, resuming, a finished run repeated."""
     options = settings[name] | options
