@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent, and models saved in the format of their own library."""
 
 import inspect
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from prefopt.adapters import ADAPTER_FILE, difference_of_adapter
 from prefopt.errors import InputError
 from prefopt.files import make_readable, reporting_write_errors
 from prefopt.loading import check_finite
-from prefopt.resuming import reading
+from prefopt.resuming import find_best, reading
 from prefopt.runs import Ema
 from prefopt.sharding import complete_states
 
@@ -121,6 +122,32 @@ class CheckpointingTrainer(Trainer):
         for checkpoint in others[: max(0, len(found) - limit)]:
             os.rename(checkpoint, staging / Path(checkpoint).name)
         shutil.rmtree(staging)
+
+    def _best(self, checkpoint: str) -> str | None:
+        return find_best(checkpoint, needed=self.args.load_best_model_at_end)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        log = logging.getLogger(Trainer.__module__)
+        log.addFilter(_is_not_of_the_best)
+        try:
+            done = super()._init_training_state(
+                max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+            )
+        finally:
+            log.removeFilter(_is_not_of_the_best)
+        if resume_from_checkpoint:  # The Trainer forgets the best one of a run whose folder was moved.
+            self.state.best_model_checkpoint = self._best(resume_from_checkpoint)
+        return done
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        # With a limit of 1 the Trainer deletes the last checkpoint, in its place: a rerun would train again.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what was trained, as its library reads it; the final model is the average if one is kept.
@@ -228,3 +255,7 @@ class CheckpointingTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(str(checkpoint), "state of the random numbers"):
             super()._load_rng_state(checkpoint)
+
+
+def _is_not_of_the_best(record: logging.LogRecord) -> bool:
+    return "best checkpoint" not in str(record.msg)

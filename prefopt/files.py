@@ -73,6 +73,14 @@ def content_key(content: bytes | str) -> str:
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
+def lines_key(lines: Iterable[str]) -> str:
+    """The `content_key` of lines, each with its line end, of which one at a time is in memory."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
+
+
 def file_key(path: Path) -> str:
     """The SHA-256 of a file, read once per process as long as the file does not change."""
     return _file_key(path, *file_state(path))

@@ -77,6 +77,26 @@ def read_state(checkpoint: str | Path) -> TrainerState:
     return state
 
 
+def find_best(checkpoint: str | Path, *, needed: bool) -> str | None:
+    """The best checkpoint up to this one, if its run measures that: beside it, or where it was written.
+
+    Beside it, though its state names another place, after a run's folder was moved or renamed. One that is
+    gone is an InputError if it is `needed`.
+    """
+    written = read_state(checkpoint).best_model_checkpoint
+    if written is None:
+        return None
+    beside = Path(checkpoint).parent / Path(written).name
+    if place := next((place for place in (beside, Path(written)) if place.is_dir()), None):
+        return str(place)
+    if not needed:
+        return None
+    raise InputError(
+        f"{beside} is not there: of the checkpoints up to {Path(checkpoint).name} it measured best, and the "
+        "end of this run would load it. Bring it back, or start again in another --output_dir"
+    )
+
+
 @contextmanager
 def reading(checkpoint: str | Path, what: str) -> Iterator[None]:
     """Within, what cannot be loaded of a checkpoint is an InputError that says so."""

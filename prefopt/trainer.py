@@ -196,6 +196,8 @@ class PreferenceTrainer(CheckpointingTrainer):
         if not wanted:
             return None
         found = find_checkpoint(output_dir, wanted)
+        if found:
+            self._best(found)  # before anything is computed: it may be gone
         if self.is_world_process_zero():
             beginning = f"no checkpoint in {output_dir}: from the beginning"
             print(f"resuming from {found}" if found else beginning)
@@ -203,8 +205,8 @@ class PreferenceTrainer(CheckpointingTrainer):
 
     def _load_finished(self, checkpoint: str) -> None:
         self.state = read_state(checkpoint)
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(best or checkpoint)
+        self.state.best_model_checkpoint = best = self._best(checkpoint)
+        self._load_from_checkpoint(best if best and self.args.load_best_model_at_end else checkpoint)
         if self.ema:
             self.ema.resume_from = checkpoint
             self.ema.start(self.model)

@@ -114,7 +114,7 @@ def main(config: DiscriminatorConfig):
             )
             for index in shown
         ]
-        prompts = table.column("prompt")[half : half + SHOWN]
+        prompts = list(table.column("prompt", shown))
         draw_strips(Path(str(config.output_dir), "test.png"), prompts, strips)
     return trainer
 

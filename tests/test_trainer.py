@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,8 @@ def test_the_first_examples_alone_are_encoded_and_trained_on(setting, tmp_path):
     assert len(trainer.train_dataset) == 5
     everything = train(options, tmp_path / "all", max_train_samples=99)
     assert len(everything.train_dataset) == 12
-    assert trainer.train_dataset.table.column("sha256") == everything.train_dataset.table.column("sha256")[:5]
+    hashes = [[*side.train_dataset.table.column("sha256")] for side in (trainer, everything)]
+    assert hashes[0] == hashes[1][:5]
 
 
 def test_it_stops_when_what_is_held_out_gets_no_better_and_keeps_the_best_weights(setting, tmp_path):
@@ -124,6 +126,30 @@ def test_it_stops_when_what_is_held_out_gets_no_better_and_keeps_the_best_weight
     assert all(torch.equal(saved[name], value) for name, value in kept.items())
     with pytest.raises(InputError, match="add --eval_strategy steps"):
         train(setting, tmp_path / "other", early_stopping_patience=2)
+
+
+def test_a_run_whose_folder_was_moved_keeps_its_best_checkpoint(setting, tmp_path, capsys):
+    """Guards: transformers, which forgets it, deletes it or the last one, and ends with other weights."""
+    data = Path(write_pairs(tmp_path / "data", 12))
+    Path(write_pairs(tmp_path / "other", 5), "train.parquet").rename(data / "test.parquet")
+    stopping = {"dataset_name": str(data), "dataset_test_split": "test", "early_stopping_patience": 9}
+    stopping |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    stopping |= {"learning_rate": 0.6, "lr_scheduler_type": "constant", "save_total_limit": 1}
+    first = train({**setting, **stopping}, tmp_path / "run", max_steps=3)
+    best = Path(first.state.best_model_checkpoint).name
+    assert best != "checkpoint-3", "the later ones have to be worse"
+    kept = load_file(tmp_path / "run" / best / ADAPTER_FILE)
+    for steps in (5, 5):  # goes on, and is finished
+        (tmp_path / "run").rename(tmp_path / f"moved-{steps}")
+        options = {"max_steps": steps, "resume_from_checkpoint": "latest"}
+        train({**setting, **stopping, **options}, tmp_path / f"moved-{steps}")
+        saved = load_file(tmp_path / f"moved-{steps}" / ADAPTER_FILE)
+        assert all(torch.equal(saved[name], value) for name, value in kept.items())
+        (tmp_path / f"moved-{steps}").rename(tmp_path / "run")
+    assert "all 5 steps are done: nothing is trained" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / best)
+    with pytest.raises(InputError, match=f"{best} is not there: of the checkpoints up to checkpoint-5 it"):
+        train({**setting, **stopping, **options}, tmp_path / "run")
 
 
 def test_a_card_lies_beside_the_adapter(setting, tmp_path):
@@ -238,7 +264,7 @@ def test_only_the_examples_that_a_short_run_reads_are_encoded_and_scored(setting
     assert "this run reads no example twice: --encode live" in shown
     read = {item for item, _ in list(trainer._get_train_sampler())[:8]}
     dataset = trainer.train_dataset
-    hashes = dataset.examples.table.column("sha256")
+    hashes = list(dataset.examples.table.column("sha256"))
     assert {item for item in range(12) if all(key in dataset.examples.images for key in hashes[item])} == read
     assert set(dataset.items) == read and dataset[min(read), 0]["reference"].shape == (2,)
     full = train(setting, tmp_path / "full", **options | {"max_steps": 5})

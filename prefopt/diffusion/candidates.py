@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from prefopt.diffusion.latents import MIRRORED, Encoder, prepare_candidate
 from prefopt.diffusion.tables import Table
 from prefopt.draws import Draw, draw, stratified_time
-from prefopt.files import content_key
+from prefopt.files import content_key, lines_key
 from prefopt.store import TensorStore
 from prefopt.visits import VisitDataset
 
@@ -107,12 +107,12 @@ class EncodedCandidates(Candidates):
     @property
     def identity(self) -> dict[str, str]:
         """Everything that an example depends on, for what is computed from it and kept."""
-        prompts, hashes = self.table.column("prompt"), self.table.column("sha256")
-        facts = "\n".join(f"{prompt!r} {keys}" for prompt, keys in zip(prompts, hashes, strict=True))
+        columns = self.table.column("prompt"), self.table.column("sha256")
+        rows = lines_key(f"{prompt!r} {keys}" for prompt, keys in zip(*columns, strict=True))
         chances = f"seed {self.seed}, flip {self.flip_probability}, caption drop {self.drop_probability}"
         chances += f", strata {self.strata}" if self.strata else ""
         encodings = {**self.images.identity, **self.prompts.identity, "scaling": str(self.scaling)}
-        return {"rows": content_key(facts), "draws": chances, **encodings}
+        return {"rows": rows, "draws": chances, **encodings}
 
     def __getitem__(self, index_and_visit: tuple[int, int]) -> dict[str, Any]:
         index, visit = index_and_visit
@@ -188,11 +188,10 @@ def encode_candidates(
     encoder: Encoder, table: Table, *, rows: Sequence[int] | None = None, **chances: Any
 ) -> EncodedCandidates:
     """The table's examples, those of `rows` (default: all) encoded; `chances` go to Candidates."""
-    facts = table.facts if rows is None else table.facts.select(rows)
     return EncodedCandidates(
         table,
         encoder.images(table, mirrored=chances["flip_probability"] > 0, rows=rows),
-        encoder.prompts(facts.unique("prompt")),
+        encoder.prompts(table.column("prompt", rows)),
         scaling=encoder.family.scaling(encoder.pipeline),
         per_candidate=encoder.family.per_candidate,
         **chances,

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -95,9 +96,9 @@ class Encoder:
         }
         store = TensorStore(self.cache_dir / "images", identity)
         places: dict[str, tuple[int, int]] = {}  # key -> the row and candidate where the image is first seen
-        hashes = table.column("sha256")
-        for row in range(len(table)) if rows is None else rows:
-            for candidate, key in enumerate(hashes[row]):
+        numbers = range(len(table)) if rows is None else rows
+        for row, keys in zip(numbers, table.column("sha256", rows), strict=True):
+            for candidate, key in enumerate(keys):
                 places.setdefault(key, (row, candidate))
         last = MIRRORED if mirrored else ""  # written with the image, so it tells for both
         missing = [key for key in _share(places) if key + last not in store]
@@ -151,7 +152,7 @@ class Encoder:
             "dtype": str(next(iter(encoders.values())).dtype),
         }
         store = TensorStore(self.cache_dir / "prompts", identity)
-        texts = {content_key(text): text for text in dict.fromkeys(["", *prompts])}
+        texts = {content_key(text): text for text in dict.fromkeys(chain([""], prompts))}
         missing = store.missing(_share(texts))
         with Encoding("prompts", len(missing), store) as told:
             for keys in _batched(missing, self.batch_size):

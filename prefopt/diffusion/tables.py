@@ -6,7 +6,7 @@ is broken stops the run.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -81,7 +81,7 @@ class Table:
 
     def divide(self, test_fraction: float) -> "tuple[Table, Table]":
         """The examples to train on and those held out, by prompt; InputError if a side has none."""
-        prompts = _values(self.facts, "prompt")
+        prompts = self.column("prompt")
         held_out = np.fromiter((in_test(content_key(prompt), test_fraction) for prompt in prompts), bool)
         sides = [np.flatnonzero(held_out == wanted) for wanted in (False, True)]
         if not all(map(len, sides)):
@@ -98,9 +98,14 @@ class Table:
         """What an error calls the example `index`."""
         return f"{self.source}: row {self.facts[index]['rows'][0]}"
 
-    def column(self, name: str) -> list:
-        """A column of `facts`, read at once: row by row, a million take minutes."""
-        return list(_values(self.facts, name))
+    def column(self, name: str, rows: Sequence[int] | None = None) -> Iterator[Any]:
+        """The values of a column of `facts`, of these rows (default: all), one after another.
+
+        A part at a time is read, which is in memory alone: row by row, a million take minutes, and as
+        Python's objects gigabytes.
+        """
+        facts = self.facts if rows is None else self.facts.select(rows)
+        return _values(facts, name)
 
     def image(self, index: int, candidate: int) -> tuple[bytes, str]:
         """The encoded image of an example's candidate, counted from the best, and what an error calls it."""
@@ -212,7 +217,7 @@ def _checked(found: Source, form: Format) -> Table:
     if form.group:
         facts = Dataset.from_list(list(_examples(facts, source)), FACTS)
     dropped = Counter(filter(None, _values(facts, "drop")))
-    kept = np.flatnonzero([not reason for reason in _values(facts, "drop")])
+    kept = np.flatnonzero(np.fromiter((not reason for reason in _values(facts, "drop")), bool))
     if not len(kept):
         raise InputError(f"{source}: none of its {len(facts)} rows can be used ({_reasons(dropped)})")
     soft_labels = form.soft_labels or "p_chosen" in rows.column_names
@@ -287,11 +292,9 @@ def _is_list(kind: Any) -> bool:
 
 
 def _values(facts: Dataset, name: str) -> Iterator[Any]:
-    """The values of a column, of which a part at a time is in memory as Python's objects."""
-    column: Any = facts.with_format("arrow")[name][:]
-    for chunk in column.chunks:
-        for start in range(0, len(chunk), 1000):
-            yield from chunk[start : start + 1000].to_pylist()
+    for batch in facts.select_columns([name]).with_format("arrow").iter(1000):
+        values: Any = batch[name]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        yield from values.to_pylist()
 
 
 def _reasons(dropped: Counter[str]) -> str:

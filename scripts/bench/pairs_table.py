@@ -1,11 +1,13 @@
 """Time and memory of reading a large table of pairs: checked for the first time, and from the cache.
 
     python scripts/bench/pairs_table.py --rows 1000000
+    python scripts/bench/pairs_table.py --rows 1000000 --limit_mb 400
 
-Writes Parquet files of pairs with small pictures, all different, and reads them as a recipe does, each time
-in a new process. `anonymous` is what the process holds itself; the peak counts, besides, the pages of files
-that the system keeps in memory for it as long as nobody else needs the room: tables are mapped, not loaded.
-Prints JSON.
+Writes Parquet files of pairs with pictures, all different, and reads them as a recipe does, each time in a
+new process. `anonymous` is what the process holds itself; the peak counts, besides, the pages of files that
+the system keeps in memory for it as long as nobody else needs the room: tables are mapped, not loaded. With
+--limit_mb the system lets the reading processes have no more than this, pages of files included, and kills
+one that needs more. Prints JSON.
 """
 
 import argparse
@@ -18,12 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from children import in_process, memory_mb
+from children import in_process, memory_limit, memory_mb
 
 SHARD = 50_000  # rows of a file
+GROUP = 1000  # rows that are read at once
 
 
-def write(folder: Path, rows: int) -> None:
+def write(folder: Path, rows: int, size: int) -> None:
     """A builder's table `pairs` with prompts and pictures that differ."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -39,11 +42,12 @@ def write(folder: Path, rows: int) -> None:
         numbers = range(start, min(start + SHARD, rows))
         # Readers of WebP pass over what follows the picture.
         cells = {
-            side: [{"bytes": file.getvalue() + f"{side}{number:062}".encode()} for number in numbers]
+            side: [{"bytes": file.getvalue() + f"{side}{number:0{size}}".encode()} for number in numbers]
             for side in ("chosen", "rejected")
         }
         texts = {"prompt": [f"{number} animals in the snow at dusk" for number in numbers]}
-        pq.write_table(pa.table(texts | cells, schema=schema), folder / f"train-{start // SHARD:05d}.parquet")
+        table = pa.table(texts | cells, schema=schema)
+        pq.write_table(table, folder / f"train-{start // SHARD:05d}.parquet", row_group_size=GROUP)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -70,6 +74,8 @@ def main() -> None:
     """Write, read twice, and print."""
     parser = argparse.ArgumentParser(description="Read a large table of pairs.")
     parser.add_argument("--rows", type=int, default=1_000_000, help="pairs of the table")
+    parser.add_argument("--picture_bytes", type=int, default=62, help="bytes after each picture")
+    parser.add_argument("--limit_mb", type=int, help="memory of a reading process; needs Linux and root")
     parser.add_argument("--folder", type=Path, help="on the disk to be used (default: a temporary one)")
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="pairs-", dir=options.folder))
@@ -77,12 +83,14 @@ def main() -> None:
     try:
         table = place / "pairs"
         table.mkdir()
-        in_process(write, table, options.rows)
-        first, again = (in_process(read, table)[0] for _ in range(2))
+        in_process(write, table, options.rows, options.picture_bytes)
+        with memory_limit(options.limit_mb) as group:
+            first, again = (in_process(read, table, group=group)[0] for _ in range(2))
         cache = sum(file.stat().st_size for file in (place / "cache").rglob("*") if file.is_file())
     finally:
         shutil.rmtree(place)
-    found = {"rows": options.rows, "first": first, "again": again, "cache_mb": round(cache / 2**20, 1)}
+    asked = {name: getattr(options, name) for name in ("rows", "picture_bytes", "limit_mb")}
+    found = asked | {"first": first, "again": again, "cache_mb": round(cache / 2**20, 1)}
     from prefopt.runs import versions  # not above: the other processes shall not import it
 
     print(json.dumps(found | {"versions": versions()}, indent=2))

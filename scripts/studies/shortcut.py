@@ -51,7 +51,7 @@ def main() -> None:
     scorer, lists = DiscriminatorScorer(options.discriminator), []
     for index in range(len(table)):
         lists.append([Image.open(io.BytesIO(content)).convert("RGB") for content in table.images(index)])
-    ranks = np.array(table.column("ranks"))
+    ranks = np.array(list(table.column("ranks")))
     prompts = [[prompt] * ranks.shape[1] for prompt in table.column("prompt")]
 
     def logits(copies: list[list[Image.Image]]) -> np.ndarray:

@@ -94,18 +94,18 @@ def test_ranked_lists_are_in_the_order_of_their_ranks_however_they_are_written(t
     lists = [[0, 1, 2, 3], [4, 5], [6, 7, 8]]
     table = read_preferences(write_ranked(tmp_path / "p", lists, [[3, 1, 4, 2], [2, 1], [7, 0, 3]]))
     assert [seeds_of(table, i) for i in range(3)] == [[1, 3, 0, 2], [5, 4], [7, 8, 6]]
-    assert table.column("ranks") == [[1, 2, 3, 4], [1, 2], [1, 2, 3]], "of any unequal lengths"
-    assert table.column("rows") == [[0] * 4, [1] * 2, [2] * 3]
+    assert [*table.column("ranks")] == [[1, 2, 3, 4], [1, 2], [1, 2, 3]], "of any unequal lengths"
+    assert [*table.column("rows")] == [[0] * 4, [1] * 2, [2] * 3]
     assert table.facts[1]["columns"] == ["images[1]", "images[0]"]
     assert table.facts[1]["sha256"] == [sha(png(5)), sha(png(4))]
-    assert not table.soft_labels and table.column("p_chosen") == [None] * 3
+    assert not table.soft_labels and [*table.column("p_chosen")] == [None] * 3
     assert table.image(2, 1)[1] == f"{tmp_path / 'p'}: row 2, column images[2]"
 
 
 def test_ties_keep_equal_ranks_which_are_one_more_than_the_number_of_better_images(tmp_path):
     folder = write_ranked(tmp_path / "p", [[0, 1, 2, 3], [4, 5, 6]], [[2, 1, 1, 2], [9, 5, 9]])
     table = read_preferences(folder)
-    assert table.column("ranks") == [[1, 1, 3, 3], [1, 2, 2]]
+    assert [*table.column("ranks")] == [[1, 1, 3, 3], [1, 2, 2]]
     assert [seeds_of(table, i) for i in range(2)] == [[1, 2, 0, 3], [5, 4, 6]], "ties as they are written"
 
 
@@ -116,7 +116,7 @@ def test_an_image_counts_once_at_one_rank_and_drops_its_row_at_two(tmp_path):
         write_ranked(tmp_path / "p", lists, [[1, 2, 1], [1, 2, 3], [2, 2, 1, 1], [1, 1]])
     )
     assert [seeds_of(table, i) for i in range(2)] == [[0, 1], [5, 4]]
-    assert table.column("ranks") == [[1, 2], [1, 2]], "an image that is left out is no better one"
+    assert [*table.column("ranks")] == [[1, 2], [1, 2]], "an image that is left out is no better one"
     assert table.dropped == {"same image twice": 1, "tie": 1}
 
 
@@ -207,7 +207,7 @@ def test_of_lists_the_best_images_are_imitated(tmp_path):
     folder = write_ranked(tmp_path / "p", [[0, 1, 2], [3, 4], [5, 6]], [[3, 1, 1], [2, 1], [1, 1]])
     table = read_sft(folder)
     assert [seeds_of(table, i) for i in range(2)] == [[1], [4]] and table.dropped == {"tie": 1}
-    assert table.column("ranks") == [[1], [1]] and table.facts["prompt"][:] == ["prompt 0", "prompt 1"]
+    assert [*table.column("ranks")] == [[1], [1]] and table.facts["prompt"][:] == ["prompt 0", "prompt 1"]
     votes = read_sft(as_votes(tmp_path / "v", [(1, 2)]))
     assert votes.images(0) == [png(1)] and not votes.soft_labels
     write_ranked(tmp_path / "build" / "ranked", [[0, 1]], [[2, 1]])
@@ -242,16 +242,16 @@ def as_votes(folder: Path, votes: list[tuple]) -> str:
 
 def test_votes_give_the_winner_and_its_share(tmp_path):
     table = read_preferences(as_votes(tmp_path / "p", [(3, 1), (2, 2), (0, 5), (0, 0), (2, 4)]))
-    assert table.column("rows") == [[0, 0], [2, 2], [4, 4]]
+    assert [*table.column("rows")] == [[0, 0], [2, 2], [4, 4]]
     assert [table.facts[i]["columns"][0] for i in range(3)] == ["image1", "image2", "image2"]
-    assert table.soft_labels and table.column("p_chosen") == pytest.approx([0.75, 1.0, 4 / 6])
+    assert table.soft_labels and [*table.column("p_chosen")] == pytest.approx([0.75, 1.0, 4 / 6])
     assert table.images(1) == [png(5), png(4)]
     assert table.dropped == {"tie": 1, "no votes": 1}
 
 
 def test_votes_may_be_whole_numbers_as_floats(tmp_path):
     """As pandas writes a column of counts that once had a hole."""
-    assert read_preferences(as_votes(tmp_path / "p", [(3.0, 1.0)])).column("p_chosen") == [0.75]
+    assert [*read_preferences(as_votes(tmp_path / "p", [(3.0, 1.0)])).column("p_chosen")] == [0.75]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_hpdv2_in_lists_and_in_pairs(tmp_path, below):
     ]
     table = read_preferences(as_hpdv2(tmp_path / "lists", lists, below))
     assert [seeds_of(table, i) for i in range(2)] == [[1, 2, 0], [3, 4]]
-    assert table.facts["prompt"][:] == ["a", "b"] and table.column("ranks") == [[1, 2, 3], [1, 2]]
+    assert table.facts["prompt"][:] == ["a", "b"] and [*table.column("ranks")] == [[1, 2, 3], [1, 2]]
     pairs = [
         {"prompt": "a", "image_path": ["5.png", "6.png"], "human_preference": [0, 1]},
         {"prompt": "b", "image_path": ["7.png", "8.png"], "human_preference": [1, 0]},
@@ -378,8 +378,8 @@ def test_imagereward_s_rows_are_grouped_though_they_do_not_follow_one_another(tm
     rows = [(0, 2, "x", "a"), (1, 1, "y", "b"), (2, 1, "x", "a"), (3, 5, "z", "c"), (4, 2, "x", "a")]
     table = read_preferences(as_image_reward(tmp_path / "p", [*rows, (5, 2, "y", "b")]))
     assert [seeds_of(table, i) for i in range(2)] == [[2, 0, 4], [1, 5]]
-    assert table.column("ranks") == [[1, 2, 2], [1, 2]] and table.facts["prompt"][:] == ["a", "b"]
-    assert table.column("rows") == [[2, 0, 4], [1, 5]]
+    assert [*table.column("ranks")] == [[1, 2, 2], [1, 2]] and table.facts["prompt"][:] == ["a", "b"]
+    assert [*table.column("rows")] == [[2, 0, 4], [1, 5]]
     assert table.dropped == {"no second image": 1}
     assert table.image(0, 2)[1] == f"{tmp_path / 'p'}: row 4, column image"
     assert seeds_of(read_sft(str(tmp_path / "p")), 0) == [2]

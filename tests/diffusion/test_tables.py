@@ -396,7 +396,7 @@ def test_a_table_is_named_among_those_of_a_builders_folder(tmp_path):
 
 def test_soft_labels_are_probabilities(tmp_path):
     table = read_preferences(write_pairs(tmp_path / "p", 2, p_chosen=[0.9, 0.5]))
-    assert table.soft_labels and table.column("p_chosen") == pytest.approx([0.9, 0.5])
+    assert table.soft_labels and [*table.column("p_chosen")] == pytest.approx([0.9, 0.5])
     assert not read_preferences(write_pairs(tmp_path / "q", 2)).soft_labels
     for wrong in (1.5, -0.1, float("nan"), None):
         with pytest.raises(InputError, match=r"row 1 has the p_chosen .*; it is a probability"):
