@@ -25,7 +25,7 @@ from data_builders.answers.source import Source
 from data_builders.answers.summary import Summary, write_build
 from data_builders.answers.tables import exports
 from data_builders.engine.passes import run_passes
-from data_builders.engine.stages import INVALID, NOT_SELECTED, Group, Record, flow
+from data_builders.engine.stages import INVALID, NOT_SELECTED, Group, Pair, Record, flow
 from data_builders.export.hub import push
 from data_builders.export.writers import write_exports
 from prefopt.ledger import Ledger
@@ -86,9 +86,8 @@ class Build:
         config, tables = self.config, exports(self.source.encoded)
         for each in (self.answering, self.comparing):
             each.ledger.refresh()
-        before = [pair for group in self._groups(frozenset()) for pair in group.pairs]
-        left_out = to_balance(before) if config.balance_length else frozenset[str]()
-        summary = Summary(self.source.left_out, before)
+        left_out = to_balance(self._pairs()) if config.balance_length else frozenset[str]()
+        summary = Summary(self.source.left_out, self._pairs())
 
         def counted() -> Iterator[Group]:
             for group in self._groups(left_out):
@@ -117,6 +116,10 @@ class Build:
         stages = [drop_identical, compare(self.comparing.preference), rank]
         options = PairOptions(self.config.pair_rule, self.config.margin)
         return decide(flow(self._answers(), stages), options, left_out)
+
+    def _pairs(self) -> Iterator[Pair]:
+        """All pairs, those among them that a balance of lengths leaves out."""
+        return (pair for group in self._groups(frozenset()) for pair in group.pairs)
 
     def _answers(self) -> Iterator[Record]:
         """Every answer as a record with its prompt and what it was made by."""

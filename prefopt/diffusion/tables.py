@@ -8,13 +8,15 @@ is broken stops the run.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from pyarrow import ArrowException
 
@@ -35,6 +37,7 @@ from prefopt.records import Source, image_bytes, in_test, load
 # `prompt` under the names that other collections give it.
 PROMPT_NAMES = ("prompt", "caption", "text")
 AT_ONCE = 32  # rows whose images are in memory together
+FACTS_AT_ONCE = 1000
 TIE = "tie"
 SAME_IMAGE = "same image twice"
 _CHECKED: dict[str, Any] = {
@@ -215,7 +218,7 @@ def _checked(found: Source, form: Format) -> Table:
         .with_format(None)
     )
     if form.group:
-        facts = Dataset.from_list(list(_examples(facts, source)), FACTS)
+        facts = _in_memory(_examples(facts, source))
     dropped = Counter(filter(None, _values(facts, "drop")))
     kept = np.flatnonzero(np.fromiter((not reason for reason in _values(facts, "drop")), bool))
     if not len(kept):
@@ -246,21 +249,22 @@ def _in_order(found: dict) -> dict:
 
 def _examples(facts: Dataset, source: str) -> Iterator[dict]:
     """The facts of examples whose images have a row each; the rows of one need not follow one another."""
-    groups: dict[str, dict] = {}
-    for fact in facts.to_list():
-        key = fact.pop("group")
-        group = groups.setdefault(key, fact)
-        if group["prompt"] != fact["prompt"]:
-            raise InputError(
-                f"{source}: rows {group['rows'][0]} and {fact['rows'][0]} have the prompt_id {key:.100}, but "
-                f"the prompts {shortened(group['prompt'])} and {shortened(fact['prompt'])}"
-            )
-        if group is not fact:
+    numbers: dict[str, int] = {}
+    groups = np.fromiter((numbers.setdefault(key, len(numbers)) for key in _values(facts, "group")), int)
+    together = facts.select(np.argsort(groups, kind="stable"))
+    for key, of_group in groupby(_rows(together), itemgetter("group")):
+        example, *others = of_group
+        for other in others:
+            if example["prompt"] != other["prompt"]:
+                raise InputError(
+                    f"{source}: rows {example['rows'][0]} and {other['rows'][0]} have the prompt_id "
+                    f"{key:.100}, but the prompts {shortened(example['prompt'])} and "
+                    f"{shortened(other['prompt'])}"
+                )
             for name in ("rows", "columns", "sha256", "ranks"):
-                group[name] += fact[name]
-    for group in groups.values():
-        alone = "" if len(group["rows"]) > 1 else "no second image"
-        yield _in_order(group | {"drop": alone})
+                example[name] += other[name]
+        alone = "" if others else "no second image"
+        yield _in_order(example | {"drop": alone})
 
 
 def _as_images(rows: Dataset, name: str, source: str, *, lists: bool) -> Dataset:
@@ -292,9 +296,21 @@ def _is_list(kind: Any) -> bool:
 
 
 def _values(facts: Dataset, name: str) -> Iterator[Any]:
-    for batch in facts.select_columns([name]).with_format("arrow").iter(1000):
-        values: Any = batch[name]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        yield from values.to_pylist()
+    return (row[name] for row in _rows(facts.select_columns([name])))
+
+
+def _rows(facts: Dataset) -> Iterator[dict]:
+    """The rows one after another, of which a part at a time is in memory as Python's objects."""
+    for batch in facts.with_format("arrow").iter(FACTS_AT_ONCE):
+        yield from cast(pa.Table, batch).to_pylist()
+
+
+def _in_memory(facts: Iterator[dict]) -> Dataset:
+    """The rows as a table that no file holds."""
+    schema, parts = FACTS.arrow_schema, []
+    while part := list(islice(facts, FACTS_AT_ONCE)):
+        parts.append(pa.Table.from_pylist(part, schema))
+    return Dataset(pa.concat_tables(parts))
 
 
 def _reasons(dropped: Counter[str]) -> str:
