@@ -173,7 +173,8 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
             sys.exit(_say(f"error: {error}", BAD_INPUT))
         except KeyboardInterrupt as end:
             code = end.code if isinstance(end, Interrupted) else INTERRUPTED
-            sys.exit(_say(f"interrupted: {end}" if str(end) else "interrupted", code))
+            kept = "what is finished is kept, and the same command goes on"
+            sys.exit(_say(f"interrupted: {str(end) or kept}", code))
 
 
 def _run(main: Callable[[Any], object], config: Any) -> None:

@@ -163,7 +163,9 @@ class Endpoint:
         try:
             answer = json.loads(response.content, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
-            answer, reason = None, f" ({self.without_key(str(error))[:100]})"
+            deep = isinstance(error, RecursionError)
+            reason = "lists in lists, too deep to be read" if deep else self.without_key(str(error))[:100]
+            answer, reason = None, f" ({reason})"
         else:
             reason = ""
         if not isinstance(answer, dict):

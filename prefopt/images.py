@@ -17,6 +17,7 @@ PICTURES = tuple(ending for ending, kind in Image.registered_extensions().items(
 ORDINARY = 25_000_000  # pixels that any file may have; with more it needs a byte for every DENSEST of them
 DENSEST = 200
 SLIMMEST = 100  # the longer side by the shorter one
+SIGNATURE = 16  # bytes at the beginning of a file that tell its kind
 # What PIL raises where a file is damaged.
 DAMAGE = (
     OSError,
@@ -51,6 +52,18 @@ def png_base64(image: Image.Image) -> str:
     file = io.BytesIO()
     image.convert("RGB").save(file, "PNG", compress_level=1)
     return b64encode(file.getvalue()).decode("ascii")
+
+
+def check_kind(beginning: bytes, where: str) -> None:
+    """InputError that says `where` unless a file begins, in SIGNATURE bytes, as those of KINDS do."""
+    for kind in KINDS:
+        accept = Image.OPEN[kind][1]
+        said = accept(beginning) if accept else True
+        if said and not isinstance(said, str):  # PIL says in words what it was built without
+            return
+    raise InputError(
+        f"{where}: no image of {', '.join(KINDS)}, for it begins with {beginning!r}; mend it, or drop the row"
+    )
 
 
 def open_image(content: bytes, where: str) -> Image.Image:

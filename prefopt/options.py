@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from difflib import get_close_matches
 from enum import Enum
@@ -111,9 +111,23 @@ def check_options(config: object) -> None:
     A number has its option's type and lies in its range, and none is nan; a text is not empty; a word is one
     of those to choose from; a folder can be made.
     """
-    hints = get_type_hints(type(config))
+    given = {each.name: getattr(config, each.name) for each in fields(config)}  # pyright: ignore[reportArgumentType]
+    check_values(type(config), given)
     for each in fields(config):  # pyright: ignore[reportArgumentType]
-        value = getattr(config, each.name)
+        value = given[each.name]
+        if value is None or value == default_of(each):
+            continue
+        if needs := each.metadata.get("needs"):
+            check_needs(config, each.name, needs)
+        if each.name in FOLDERS:
+            _check_folder(f"--{each.name}", str(value))
+
+
+def check_values(config_class: Any, values: Mapping[str, Any]) -> None:
+    """InputError unless each of these values is one that the option of its name can have by itself."""
+    hints = get_type_hints(config_class)
+    for each in fields(config_class):
+        value = values.get(each.name)
         if value is None or value == default_of(each):
             continue
         types = option_types(hints[each.name])
@@ -123,10 +137,6 @@ def check_options(config: object) -> None:
             elif isinstance(one, str):
                 _check_text(f"--{each.name}", one)
                 _check_choice(f"--{each.name}", one, types)
-        if needs := each.metadata.get("needs"):
-            check_needs(config, each.name, needs)
-        if each.name in FOLDERS:
-            _check_folder(f"--{each.name}", str(value))
 
 
 def check_needs(config: object, name: str, needs: str) -> None:

@@ -5,9 +5,13 @@ the builders lie in data_builders/ in both.
 """
 
 import ast
+import importlib.util
 import os
+import sys
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from prefopt.errors import InputError
 
@@ -29,6 +33,24 @@ def programs(folder: Path) -> dict[str, Path]:
 def summary(program: Path) -> str:
     """The first line of a program's docstring."""
     return (ast.get_docstring(ast.parse(program.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def config_of(program: Path) -> type:
+    """The dataclass of a program's options, which it hands to `run`."""
+    calls = [node for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, ast.Call)]
+    name = next(ast.unparse(call.args[1]) for call in calls if ast.unparse(call.func) == "run")
+    return getattr(load(program), name)
+
+
+@cache
+def load(program: Path) -> Any:
+    """A program as a module; nothing imports them otherwise."""
+    spec = importlib.util.spec_from_file_location(program.stem, program)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[program.stem] = module  # where dataclasses looks for the names of annotations
+    spec.loader.exec_module(module)
+    return module
 
 
 def find_program(name: str) -> Path:

@@ -121,7 +121,10 @@ def reading(checkpoint: str | Path, what: str) -> Iterator[None]:
 
 
 def _remedy(checkpoint: str | Path) -> str:
-    return f"Delete the folder {checkpoint}, and run the same command again: it goes on from the one before"
+    folder = Path(checkpoint)
+    others = [place for place in folder.parent.glob("checkpoint-*") if place.name != folder.name]
+    then = "goes on from the one before" if others else "starts from the beginning, for this is the only one"
+    return f"Delete the folder {checkpoint}, and run the same command again: it {then}"
 
 
 def _check(folder: Path) -> None:
@@ -139,4 +142,5 @@ def _check(folder: Path) -> None:
                 raise OSError("it is no file")
             zipfile.ZipFile(file).close()  # which reads the list of contents, at the end
         except (OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"{file} is no whole file of torch's: {error}. {_remedy(folder)}") from error
+            reason = f"{error}" if isinstance(error, OSError) else "it is damaged, or was cut off"
+            raise InputError(f"{file} is no whole file of torch's: {reason}. {_remedy(folder)}") from error

@@ -13,10 +13,12 @@ from pathlib import Path
 import psutil
 
 from prefopt import pocket
+from prefopt.cli import Parser
 from prefopt.errors import InputError
 from prefopt.files import write_atomically
 from prefopt.interrupts import Interrupted
-from prefopt.programs import find_config
+from prefopt.options import check_values
+from prefopt.programs import config_of, find_config
 from prefopt.yaml_files import read_yaml
 
 NONE = "none"
@@ -49,10 +51,13 @@ def fill_presets(
 def run_steps(steps: Mapping[str, Sequence[str]], folder: Path, processes: int) -> None:
     """Run scripts with their options, by name, each on so many processes.
 
-    A step that ended well with the same options, after the same steps, is not run again. A training's folder
+    The options in their files are checked before the first one runs. A step that ended well with the same
+    options, after the same steps, is not run again. A training's folder
     that has checkpoints of other options is an InputError: it would go on from them. So is a script that
     fails; its own message is above.
     """
+    for command in steps.values():
+        _check_file(command)
     keys: list[str] = []  # a step depends on all before it
     for name, command in steps.items():
         words = [*launcher(processes), *command]
@@ -78,6 +83,17 @@ def run_steps(steps: Mapping[str, Sequence[str]], folder: Path, processes: int) 
         write_atomically(done, keys[-1])
 
 
+def _check_file(command: Sequence[str]) -> None:
+    """InputError for a script's file of options with an unknown one, or a value that it cannot have."""
+    file = command[command.index("--config") + 1]
+    config_class = config_of(Path(command[0]))
+    values = Parser(config_class).values_of(file)
+    try:
+        check_values(config_class, values)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
 def _run(words: Sequence[str]) -> int:
     """Run a launcher with its command, to the end even if a signal comes; its exit code."""
     launched = subprocess.Popen(words)
@@ -100,7 +116,7 @@ def _read(record: Path) -> str:
 def launcher(processes: int) -> list[str]:
     """accelerate's launcher, of the Python that runs this, with its own config file if there is one."""
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--num_processes", str(processes)]
+    launch += ["--quiet", "--num_processes", str(processes)]  # no traceback of its own if a step fails
     from accelerate.commands.config.config_args import default_config_file
 
     if not Path(default_config_file).is_file():  # its defaults, or it warns of each

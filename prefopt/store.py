@@ -96,6 +96,8 @@ class TensorStore:
 
     def _opened(self, shard: Path) -> safe_open:
         """A shard of this store; a damaged one, or one of another store, is an InputError."""
+        if not shard.exists():
+            raise InputError(f"{shard} was removed meanwhile: run the same command again")
         handle = open_tensors(shard, AGAIN)
         about = (handle.metadata() or {}).get(ABOUT, "")
         if about[:1] != "{" or json.loads(about)["identity"] != self.identity:

@@ -53,7 +53,7 @@ def test_a_signal_closes_what_is_open_and_has_its_exit_code(number, code, ended)
             os.kill(os.getpid(), number)
             time.sleep(30)
 
-    assert ended(main) == (code, "interrupted")
+    assert ended(main) == (code, "interrupted: what is finished is kept, and the same command goes on")
     assert closed == [True]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

@@ -45,5 +45,10 @@ class PromptOptions:
                     f"--classes has {shown(name)}; a class is a name, with a letter or digit and no space at "
                     "its ends"
                 )
+            if name.endswith(tuple(".,;:!?")):  # no prompt would have it before a space
+                raise InputError(
+                    f"--classes has {shown(name)}; a class is a name as it stands within a prompt: write "
+                    f"{name.rstrip('.,;:!?')}"
+                )
             if name.casefold() in map(str.casefold, self.classes[:number]):
                 raise InputError(f"--classes names {shown(name)} twice; prompts tell classes by their names")

@@ -122,7 +122,8 @@ def _hpdv2_pair(column: str) -> Callable[[Mapping[str, Any], str], Order]:
         preferred = row["human_preference"]
         if preferred not in ([0, 1], [1, 0], [0, 0], [1, 1]):
             raise InputError(
-                f"{where} has the human_preference {shortened(preferred)}; 1 is a preferred image, else 0"
+                f"{where} has the human_preference {shortened(preferred)}; it has a 0 or 1 for each of two "
+                "images, and 1 is the preferred one"
             )
         names = tuple(cells_of(row, [column]))
         if len(names) != 2:
@@ -158,6 +159,8 @@ FORMATS = (
         for column in ("image", "image_path")
     ),
 )
+# `prompt` under the names that other collections give it; the first that is there counts.
+PROMPT_NAMES = ("prompt", "caption", "text")
 KNOWN = "; ".join(", ".join(form.columns) for form in FORMATS)
 
 
@@ -174,11 +177,13 @@ def find_format(lists: Mapping[str, bool], where: str) -> Format:
 
     form = max(FORMATS, key=fits)
     if missing := [name for name in form.columns if name not in lists]:
-        near = [alike for name in missing for alike in get_close_matches(name, lists, n=1)]
+        others = [name for name in lists if name not in PROMPT_NAMES]
+        near = [alike for name in missing for alike in get_close_matches(name, others, n=1)]
         guess = f" (is it {near[0]!r}, misspelt?)" if near else ""
+        more = "; images to imitate, without preferences, are for diffusion_sft" if "image" in lists else ""
         raise InputError(
             f"{where}: no column {' and no column '.join(map(repr, missing))}{guess}; its columns are "
-            f"{list(lists)!s:.500}, and preferences need a prompt and one of: {KNOWN}"
+            f"{list(lists)!s:.500}, and preferences need a prompt and one of: {KNOWN}{more}"
         )
     refuse_second_format(form, lists, where)
     return form

@@ -119,7 +119,9 @@ def _check_steps(scheduler: Any, steps: int) -> None:
     limit = min((settings[name] for name in known if settings.get(name)), default=steps)
     if steps > limit:
         raise InputError(
-            f"--num_inference_steps is {steps}; this model's {type(scheduler).__name__} takes {limit} at most"
+            f"{steps} denoising steps are more than the {limit} that this model's {type(scheduler).__name__} "
+            "takes: lower --num_inference_steps (of --sources: steps; of validation images: "
+            "--validation_inference_steps)"
         )
 
 

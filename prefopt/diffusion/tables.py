@@ -23,6 +23,7 @@ from pyarrow import ArrowException
 from prefopt.diffusion.formats import (
     FORMATS,
     KNOWN,
+    PROMPT_NAMES,
     Format,
     Order,
     cells_of,
@@ -31,11 +32,10 @@ from prefopt.diffusion.formats import (
 )
 from prefopt.errors import InputError
 from prefopt.files import content_key
+from prefopt.images import SIGNATURE, check_kind
 from prefopt.record_files import check_paths
 from prefopt.records import Source, image_bytes, in_test, load
 
-# `prompt` under the names that other collections give it.
-PROMPT_NAMES = ("prompt", "caption", "text")
 AT_ONCE = 32  # rows whose images are in memory together
 FACTS_AT_ONCE = 1000
 TIE = "tie"
@@ -185,6 +185,8 @@ def _checked(found: Source, form: Format) -> Table:
             raise InputError(f"{where} has the prompt {shortened(row[prompt])}; a prompt is text")
         order, cells = form.order(row, where), cells_of(row, form.images)
         contents = [image_bytes(cells[name], f"{where}, column {name}", *folders) for name in order.columns]
+        for name, content in zip(order.columns, contents, strict=True):
+            check_kind(content[:SIGNATURE], f"{where}, column {name}")
         checked = {
             "prompt": row[prompt],
             "rows": [index] * len(contents),

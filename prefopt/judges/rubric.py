@@ -203,7 +203,7 @@ def _item(entry: Any, where: str) -> Item:
         )
     if not isinstance(text, str) or bool(text) == bool(check):
         raise InputError(f"{where} ({name}) needs a text for a judge or a check for a detector, one of them")
-    if strange := [part for part in re.findall(r"\{[^{}]*\}", text) if part not in PLACEHOLDERS]:
+    if strange := [part for part in re.findall(r"\{[^{}]*\}|[{}]", text) if part not in PLACEHOLDERS]:
         raise InputError(
             f"{where} ({name}): the text has {strange[0]}, and nothing is filled in for it; write "
             f"{' or '.join(PLACEHOLDERS)}, or no braces"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from prefopt import pocket
-from prefopt.endpoint import Endpoint, chat_text, in_parallel
+from prefopt.endpoint import Endpoint, Unfit, chat_text, in_parallel
 from prefopt.files import content_key
 from prefopt.images import png_base64
 from prefopt.loading import files_identity, own_memory
@@ -98,6 +98,9 @@ def local_identity(
     return f"writer {content_key(json.dumps([files, str(dtype), max_new_tokens]))}"
 
 
+CHAT = "/v1/chat/completions"
+
+
 class EndpointWriter:
     """A model behind POST /v1/chat/completions of a server at `url`; images travel as PNG in data addresses.
 
@@ -131,7 +134,10 @@ class EndpointWriter:
             "temperature": 0.0,
             "max_tokens": self.max_new_tokens,
         }
-        return Reply(*self.endpoint.post("/v1/chat/completions", body, chat_text))
+        try:
+            return Reply(*self.endpoint.post(CHAT, body, chat_text))
+        except Unfit as error:
+            raise Unfit(f"{self.endpoint.url}{CHAT} of {self.name}: {error}") from error
 
 
 def _blocks(images: list[dict], message: Message) -> list[dict]:

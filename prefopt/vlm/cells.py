@@ -9,7 +9,7 @@ import pyarrow.compute
 from PIL import Image
 
 from prefopt.errors import InputError
-from prefopt.images import open_image
+from prefopt.images import SIGNATURE, open_image
 from prefopt.records import image_bytes
 
 
@@ -40,10 +40,10 @@ def image_column(rows: datasets.Dataset, source: str) -> str:
     return column
 
 
-def image_places(cells: pyarrow.ChunkedArray) -> list[list[str | bool]]:
-    """Of each row, where its images are: a path, True where the bytes are stored, False where nothing is.
+def image_places(cells: pyarrow.ChunkedArray) -> list[list[str | bytes]]:
+    """Of each row, where its images are: a path, or the beginning of the stored bytes; empty for nothing.
 
-    The bytes themselves are not read.
+    No more of the bytes is read.
     """
     call = pyarrow.compute.call_function
     found: Any = cells
@@ -58,13 +58,20 @@ def image_places(cells: pyarrow.ChunkedArray) -> list[list[str | bool]]:
             call("struct_field", [found], pyarrow.compute.StructFieldOptions([name]))
             for name in ("bytes", "path")
         )
-        both = zip(content.is_valid().to_pylist(), path.to_pylist(), strict=True)
-        places = iter([stored or path or False for stored, path in both])
+        both = zip(_beginnings(content), path.to_pylist(), strict=True)
+        places = iter([stored or path or b"" for stored, path in both])
     elif _is_path(found.type):
-        places = iter([path or False for path in found.to_pylist()])
+        places = iter([path or "" for path in found.to_pylist()])
     else:
-        places = iter(found.is_valid().to_pylist())
+        places = iter([stored or b"" for stored in _beginnings(found)])
     return [[next(places) for _ in range(length or 0)] for length in lengths]
+
+
+def _beginnings(content: Any) -> list[bytes | None]:
+    if pyarrow.types.is_null(content.type):
+        return content.to_pylist()
+    options = pyarrow.compute.SliceOptions(0, SIGNATURE)
+    return pyarrow.compute.call_function("binary_slice", [content], options).to_pylist()
 
 
 def encoded_images(cell: Any, where: str, folder: Path | None) -> list[bytes]:

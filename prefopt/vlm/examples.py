@@ -1,7 +1,7 @@
 """Vision-language examples, read from a table and checked: a broken row is an InputError that names it.
 
-All texts, the numbers of images and the paths of those that lie in files are checked at the start; the images
-stay encoded until an example is read.
+All texts, the numbers of images, the paths of those that lie in files and how they begin are checked at the
+start; the images stay encoded until an example is read.
 """
 
 import copy
@@ -18,6 +18,7 @@ from PIL import Image
 from prefopt import pocket
 from prefopt.errors import InputError
 from prefopt.files import content_key
+from prefopt.images import SIGNATURE, check_kind
 from prefopt.records import check_p_chosen, image_file, load, read_split, refuse_options
 from prefopt.visits import VisitDataset
 from prefopt.vlm.cells import encoded_images, image_column, image_places, open_picture
@@ -164,7 +165,7 @@ class VisionExamples(VisitDataset):
 
     # Rows
 
-    def _read_texts(self) -> Iterator[tuple[dict, list[str | bool]]]:
+    def _read_texts(self) -> Iterator[tuple[dict, list[str | bytes]]]:
         """Each row's texts, and the places of its images, which stay where they are."""
         for batch in self.rows.iter(BATCH):
             table: Any = batch
@@ -187,14 +188,16 @@ class VisionExamples(VisitDataset):
         turns = self.kind == "sft"
         return prompt, [check_completion(side, name, token, turns=turns) for side, name in sides]
 
-    def _check_places(self, images: list[str | bool], item: int) -> None:
+    def _check_places(self, images: list[str | bytes], item: int) -> None:
+        where, folders = f"{self.where(item)}, {self.column}", [self.folder] if self.folder else []
         for place in images:
             if not place:
-                raise InputError(f"{self.where(item)}, {self.column} has a cell without an image")
+                raise InputError(f"{where} has a cell without an image")
             if isinstance(place, str):
-                image_file(
-                    place, f"{self.where(item)}, {self.column}", *([self.folder] if self.folder else [])
-                )
+                with image_file(place, where, *folders).open("rb") as file:
+                    check_kind(file.read(SIGNATURE), where)
+            else:
+                check_kind(place, where)
 
 
 def read_vision_examples(

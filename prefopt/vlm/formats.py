@@ -73,10 +73,12 @@ def find_format(columns: Sequence[str], kind: Kind, source: str) -> Format:
     lacking = missing(nearest) + [images] * (images not in columns)
     if lacking:
         others = "; ".join(", ".join(one.columns) for one in known if one is not nearest)
+        answers = any(one.kind == "sft" and not missing(one) for one in FORMATS)
+        more = "; answers without a second one are for vlm_sft" if answers and kind == "pairs" else ""
         raise InputError(
             f"{source}: no column {' and no column '.join(map(repr, lacking))}; its columns are "
             f"{list(columns)!s:.500}, and {['images', *nearest.columns]} are needed (or, instead of "
-            f"{', '.join(nearest.columns)}: {others})"
+            f"{', '.join(nearest.columns)}: {others}){more}"
         )
     for other in known:
         extra = [name for name in other.columns if name not in nearest.columns]

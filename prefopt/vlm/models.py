@@ -204,7 +204,10 @@ def start_from_lora(model: PreTrainedModel, adapter: str) -> PeftModel:
     except UNUSABLE as error:
         raise InputError(f"{unfit}: {first_line(error)}") from error
     if difference := difference_of_adapter(policy, Path(folder, ADAPTER_FILE)):
-        raise InputError(f"{unfit}: {difference}")
+        raise InputError(
+            f"{unfit}: {difference}. If it was trained on this model, its file is damaged: copy or train it "
+            "again"
+        )
     check_scalings(policy, POLICY, adapter)
     if outside := _adapted_outside(policy.get_base_model()):
         raise InputError(

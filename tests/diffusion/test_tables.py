@@ -301,10 +301,15 @@ def test_what_is_no_dataset(tmp_path):
 
 
 def test_images_are_not_decoded_while_reading(tmp_path, monkeypatch):
-    """Bytes that are no image are found when they are encoded, once, and not on each start."""
-    folder = write_pairs(tmp_path / "p", 3, **image_columns(1, "chosen", cell(b"no image")))
+    """An image that is damaged within is found when it is encoded, once; what begins as none at the start."""
+    folder = write_pairs(tmp_path / "p", 3, **image_columns(1, "chosen", cell(png(1)[:40])))
+    other = write_pairs(tmp_path / "q", 3, **image_columns(1, "chosen", cell(b"no image")))
     monkeypatch.setattr(Image, "open", None)
-    assert read_preferences(folder).images(1)[0] == b"no image"
+    assert read_preferences(folder).images(1)[0] == png(1)[:40]
+    with pytest.raises(
+        InputError, match=r"row 1, column chosen: no image of PNG, .* begins with b'no image'"
+    ):
+        read_preferences(other)
 
 
 # Kept by content: what changed on disk is seen

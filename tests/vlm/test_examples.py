@@ -264,15 +264,26 @@ def test_what_else_a_model_should_read_is_refused(name: str) -> None:
         read([row(**{name: []}), row(**{name: ["x"]})])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"no image", "cannot be decoded"), (b"", "0 bytes"), (png(0, 1, 1), "1 x 1 pixels")],
-)
-def test_images_that_are_none_are_named(content: bytes, message: str) -> None:
+def second_image(content: bytes) -> Dataset:
     broken = Dataset.from_list([row(images=[cell(content)])], features=TEXTS)
-    examples = read(concatenate_datasets([Dataset.from_list([row()], features=TEXTS), broken]))
-    assert examples[0, 0]["images"][0].mode == "RGB"
+    return concatenate_datasets([Dataset.from_list([row()], features=TEXTS), broken])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"no image", "begins with b'no image'"), (b"", "without an image")]
+)
+def test_images_that_are_none_are_named_at_the_start(content: bytes, message: str) -> None:
     with pytest.raises(InputError, match=rf"rows: row 1, images.*{message}"):
+        read(second_image(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(png(0)[:60], "cannot be decoded|truncated"), (png(0, 1, 1), "1 x 1 pixels")]
+)
+def test_images_that_are_damaged_within_are_named(content: bytes, message: str) -> None:
+    examples = read(second_image(content))
+    assert examples[0, 0]["images"][0].mode == "RGB"
+    with pytest.raises(InputError, match=rf"rows: row 1, images.*({message})"):
         examples[1, 0]
 
 
