@@ -117,7 +117,8 @@ class CheckpointingTrainer(Trainer):
         """
         staging, found = run_dir / STAGING, sort_checkpoints(str(run_dir))
         staging.mkdir(exist_ok=True)
-        others = [one for one in found[:-1] if one != self.state.best_model_checkpoint]
+        best = self.state.best_model_checkpoint  # it may be spelled in another way, as from the root on
+        others = [one for one in found[:-1] if not best or Path(one).resolve() != Path(best).resolve()]
         limit = self.args.save_total_limit or len(found)
         for checkpoint in others[: max(0, len(found) - limit)]:
             os.rename(checkpoint, staging / Path(checkpoint).name)

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable
@@ -171,6 +172,10 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
         except InputError as error:
             logging.getLogger(__name__).debug("bad input", exc_info=True)
             sys.exit(_say(f"error: {error}", BAD_INPUT))
+        except BrokenPipeError:
+            if not _is_unread():
+                raise
+            sys.exit(_say("error: what read this program's output has ended, as `head` does", FAILED))
         except KeyboardInterrupt as end:
             code = end.code if isinstance(end, Interrupted) else INTERRUPTED
             kept = "what is finished is kept, and the same command goes on"
@@ -264,6 +269,17 @@ def _say(message: str, code: int) -> int:
         progress.close_bars()
     print(message, file=sys.stderr, flush=True)
     return code
+
+
+def _is_unread() -> bool:
+    """Whether nothing reads the output any more; if so, what is still to be printed goes nowhere."""
+    if sys.stdout is None:  # it was closed from the start
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if broken := bool(output.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return broken
 
 
 def _own_fields(config_class: type) -> set[str]:

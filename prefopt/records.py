@@ -24,7 +24,7 @@ from prefopt.errors import InputError
 from prefopt.local_tables import files_state, folder_state, read_file, read_folder, table_folder
 from prefopt.options import check_name
 from prefopt.paths import file_inside
-from prefopt.table_files import cause, check_values
+from prefopt.table_files import cause, check_cache, check_values
 
 # Kinds of columns that hold files; they stay encoded, and only images are read.
 MEDIA = (datasets.Image, datasets.Audio, datasets.Video, datasets.Pdf, datasets.Nifti, datasets.Mesh)
@@ -97,6 +97,7 @@ def _load_local(source: str, split: str, config: str | None, revision: str | Non
     except InputError:
         raise
     except (DatasetsError, OSError, ValueError, ArrowException) as error:
+        check_cache(error)
         raise InputError(f"{place} cannot be read as a dataset: {cause(error)}") from error
     name = str(places[0] if len(places) == 1 else place) + (f", {split}" if is_sliced(split) else "")
     folder = (place if place.is_dir() else place.parent).resolve()

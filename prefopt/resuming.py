@@ -15,13 +15,14 @@ import torch
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from prefopt.config import LATEST
+from prefopt.config import LATEST, PreferenceConfig
 from prefopt.errors import InputError
 from prefopt.files import read_object
 from prefopt.interrupts import has_lost_a_process
 from prefopt.loading import UNUSABLE, first_line
 from prefopt.model_files import check_files
 from prefopt.runs import refuse_earlier_run
+from prefopt.same_run import check_options
 
 STATE_FILE = "trainer_state.json"
 # What a checkpoint holds besides its state, by how the names begin; one of each line is there. DeepSpeed and
@@ -33,12 +34,16 @@ _PARTS = {
 }
 
 
-def check_start(output_dir: Path, wanted: str | bool | None) -> None:
-    """InputError for a fresh run in a folder with checkpoints, and for a damaged one to go on from."""
-    if wanted:
-        find_checkpoint(output_dir, wanted)
-    else:
+def check_start(config: PreferenceConfig) -> None:
+    """InputError for a fresh run in a folder with checkpoints, and for one that cannot be gone on from.
+
+    It may be damaged, or of a run with other options.
+    """
+    output_dir = Path(str(config.output_dir))
+    if not config.resume_from_checkpoint:
         refuse_earlier_run(output_dir)
+    elif found := find_checkpoint(output_dir, config.resume_from_checkpoint):
+        check_options(found, config)
 
 
 def find_checkpoint(output_dir: Path, wanted: str | bool) -> str | None:

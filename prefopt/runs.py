@@ -53,10 +53,13 @@ def versions() -> dict[str, str]:
     return found | ({"commit": commit.stdout.strip()} if commit.returncode == 0 else {})
 
 
+CONFIG_FILE = "config.json"  # in a run's folder
+
+
 def write_config(folder: Path, args: TrainingArguments, **more: Any) -> None:
     """Write config.json: every option as resolved, the versions, and `more` facts about the run."""
     config = {**more, "versions": versions(), "options": args.to_dict()}
-    write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+    write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2, default=str) + "\n")
 
 
 def refuse_earlier_run(output_dir: Path) -> None:

@@ -1,5 +1,6 @@
 """Parquet and Arrow files, and datasets saved as such; one that is damaged is named."""
 
+import glob
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
 from prefopt.errors import InputError
-from prefopt.files import check_is_file, read_object
+from prefopt.files import advice, check_is_file, read_object
 from prefopt.paths import file_inside
 
 TABLES = (".parquet", ".arrow")
@@ -38,13 +39,28 @@ def read_tables(files: Sequence[Path], state: str) -> Dataset:
     if not any(map(_has_rows, files)):
         raise InputError(f"{place} has no rows")
     # The name is part of datasets' cache key, whose own clock is too coarse for a file's replacement.
-    kind, paths = files[0].suffix[1:], list(map(str, files))
+    # It takes paths for patterns, in which a bracket or an asterisk stands for something else.
+    kind, paths = files[0].suffix[1:], [glob.escape(str(file)) for file in files]
     try:
         rows: Any = datasets.load_dataset(kind, state[:16], data_files=paths, split="train")
     except DAMAGE as error:
+        check_cache(error)
         _name_the_damaged(files)
         raise InputError(f"{place} cannot be read as a dataset: {cause(error)}") from error
     return rows
+
+
+def check_cache(error: BaseException | None) -> None:
+    """InputError if it was datasets' own cache that failed, and not the table."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    while error is not None:
+        place = Path(str(error.filename)) if isinstance(error, OSError) and error.filename else None
+        if place and (place.is_relative_to(cache) or cache.is_relative_to(place)):
+            raise InputError(
+                f"could not write the cache of tables {cache}: {error}. {advice(error.errno)} in the "
+                "environment variable HF_DATASETS_CACHE"
+            ) from error
+        error = error.__cause__ or error.__context__
 
 
 def read_saved(folder: Path) -> tuple[Dataset, str]:

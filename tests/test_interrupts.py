@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -108,3 +109,23 @@ def test_a_step_of_several_is_told_of_the_end_and_waited_for(tmp_path):
     with on_signal(interrupt), pytest.raises(Interrupted):
         steps._run([sys.executable, "-c", launcher])
     assert (tmp_path / "kept").exists()
+
+
+def test_output_that_nobody_reads_ends_in_a_message(tmp_path):
+    """Guards: a traceback after `| head -1`."""
+    code = (
+        "from dataclasses import dataclass\n"
+        "from prefopt.cli import run\n"
+        "@dataclass\n"
+        "class Config:\n"
+        f"    output_dir: str = {str(tmp_path / 'run')!r}\n"
+        "run(lambda config: [print('line', flush=True) for _ in range(100_000)], Config)\n"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == FAILED
+    assert said.endswith("error: what read this program's output has ended, as `head` does\n")
+    assert "Traceback" not in said and "Exception ignored" not in said

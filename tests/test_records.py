@@ -491,3 +491,21 @@ def test_bytes_in_parquet_and_hidden_folders(tmp_path: Path) -> None:
     (tmp_path / "BUILD.json").write_text("{}")
     with pytest.raises(InputError, match=r"name one with --dataset_config: sft$"):
         read_sft(str(tmp_path))
+
+
+def test_a_folder_is_read_whatever_its_name(tmp_path):
+    """Guards: datasets, which takes a path for a pattern."""
+    folder = write_pairs(tmp_path / "ranks[1-2] of *?", 3)
+    assert len(read_preferences(folder)) == 3
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_table(tmp_path, monkeypatch, kind):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    source = write_pairs(tmp_path / "pairs", 3)
+    if kind == "jsonl":
+        source = str(tmp_path / "rows.jsonl")
+        Path(source).write_text('{"prompt": "a fox", "chosen": "a.png", "rejected": "b.png"}\n')
+    with pytest.raises(InputError, match=r"could not write the cache of tables .*/file.*HF_DATASETS_CACHE"):
+        read_preferences(source)

@@ -139,6 +139,17 @@ def test_the_oldest_checkpoints_go_but_not_the_best(tmp_path, limit, best, left)
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in left}
 
 
+def test_the_best_checkpoint_stays_however_its_path_is_spelled(tmp_path, monkeypatch):
+    """Guards: a run that is resumed from a checkpoint named from the root on, in a folder named from here."""
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    monkeypatch.chdir(tmp_path.parent)
+    state = SimpleNamespace(best_model_checkpoint=str(tmp_path / "checkpoint-1"))
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(save_total_limit=1), state=state)
+    CheckpointingTrainer._rotate(trainer, Path(tmp_path.name))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-3"}
+
+
 def test_two_trainings_in_one_folder_are_an_error(setting, tmp_path):
     with exclusive_lock(tmp_path / "run"):
         second = launch(DPO, {**setting, "output_dir": tmp_path / "run"}, tmp_path / "log")

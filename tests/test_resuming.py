@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from prefopt.config import PreferenceConfig
 from prefopt.errors import InputError
 from prefopt.model_files import check_files
 from prefopt.resuming import check_start, find_checkpoint, reading
@@ -72,7 +73,7 @@ def test_a_damaged_checkpoint_is_named_and_not_passed_over(checkpoint, file, dam
     assert find_checkpoint(run, "latest") == find_checkpoint(run, str(checkpoint)) == str(checkpoint)
     damage(checkpoint / file)
     with pytest.raises(InputError, match=rf"checkpoint-3.*{said}.*Delete the folder {checkpoint}"):
-        check_start(run, "latest")
+        check_start(PreferenceConfig(str(run), resume_from_checkpoint="latest"))
 
 
 def test_states_of_several_processes_are_whole(checkpoint):
@@ -84,9 +85,9 @@ def test_states_of_several_processes_are_whole(checkpoint):
 def test_no_checkpoint_and_an_earlier_run(checkpoint, tmp_path):
     assert find_checkpoint(tmp_path / "nothing", "latest") is None
     with pytest.raises(InputError, match=r"is no checkpoint: it has no trainer_state\.json"):
-        check_start(checkpoint.parent, str(tmp_path))
+        check_start(PreferenceConfig(str(checkpoint.parent), resume_from_checkpoint=str(tmp_path)))
     with pytest.raises(InputError, match="holds checkpoint-3 of an earlier run"):
-        check_start(checkpoint.parent, None)
+        check_start(PreferenceConfig(str(checkpoint.parent)))
 
 
 class Runs:

@@ -1,5 +1,6 @@
 """Real images: of a table, of img2dataset's shards or of the pocket's world, filtered by their scores."""
 
+import glob
 import io
 import json
 import math
@@ -181,7 +182,7 @@ def _shard_rows(folder: Path, shards: list[Path], split: str) -> Dataset:
     """The samples of img2dataset's shards; of its other files, such as a Parquet file beside each, none."""
     if split != "train":
         raise InputError(f"{folder}: shards have no split {split!r}; name the folder that holds its shards")
-    files = {"train": list(map(str, shards))}
+    files = {"train": [glob.escape(str(shard)) for shard in shards]}  # taken for patterns
     try:
         with no_tensors_decoded():
             rows: Any = datasets.load_dataset(

@@ -83,6 +83,7 @@ def train_discriminator(
         score=DiscriminatorScore(r1_gamma),
         objective=discriminating(),
         train_dataset=examples,
+        rows=tables[0].key(),
         about={"loss": "softplus(-d) of images of rank 1 and softplus(d) of the others, half each"},
     )
     trainer.train()

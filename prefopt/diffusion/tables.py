@@ -31,7 +31,7 @@ from prefopt.diffusion.formats import (
     refuse_second_format,
 )
 from prefopt.errors import InputError
-from prefopt.files import content_key
+from prefopt.files import content_key, lines_key
 from prefopt.images import SIGNATURE, check_kind
 from prefopt.record_files import check_paths
 from prefopt.records import Source, image_bytes, in_test, load
@@ -100,6 +100,11 @@ class Table:
     def where(self, index: int) -> str:
         """What an error calls the example `index`."""
         return f"{self.source}: row {self.facts[index]['rows'][0]}"
+
+    def key(self) -> str:
+        """The SHA-256 over the examples: prompts, images, ranks and labels."""
+        columns = [self.column(name) for name in ("prompt", "sha256", "ranks", "p_chosen")]
+        return lines_key(map(repr, zip(*columns, strict=True)))
 
     def column(self, name: str, rows: Sequence[int] | None = None) -> Iterator[Any]:
         """The values of a column of `facts`, of these rows (default: all), one after another.

@@ -43,7 +43,7 @@ def train(
     InputError for labels or options that the objective cannot use, before anything is loaded.
     """
     state = PartialState()
-    check_start(Path(str(config.output_dir)), config.resume_from_checkpoint)
+    check_start(config)
     with state.main_process_first():  # then the others read its cache
         tables = read_tables(config, read)
     for table, use in zip(tables, ("to train on", "held out"), strict=False):
@@ -72,6 +72,7 @@ def train(
         reference_model=frozen_copy(denoiser) if frozen else None,
         apart={"discriminator": config.discriminator_learning_rate} if adversarial else {},
         about=about(denoiser.schedule.prediction),
+        rows=tables[0].key(),
     )
     if config.validation_prompts:
         trainer.add_callback(_validation(config, trainer, pipeline, denoiser.family))

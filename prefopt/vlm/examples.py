@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from prefopt import pocket
 from prefopt.errors import InputError
-from prefopt.files import content_key
+from prefopt.files import content_key, lines_key
 from prefopt.images import SIGNATURE, check_kind
 from prefopt.records import check_p_chosen, image_file, load, read_split, refuse_options
 from prefopt.visits import VisitDataset
@@ -162,6 +163,13 @@ class VisionExamples(VisitDataset):
             rows = zip(self.image_hashes(), self.conversations(), strict=True)
             self._identity = {"rows": content_key("\n".join(content_key(json.dumps(row)) for row in rows))}
         return self._identity
+
+    def texts_key(self) -> str:
+        """The SHA-256 over these examples' numbers and texts; no image is read for it."""
+        kept = set(self.items)
+        rows = enumerate(self._read_texts())
+        texts = (json.dumps([row, len(images)], default=str) for item, (row, images) in rows if item in kept)
+        return lines_key(chain([str(self.items)], texts))
 
     # Rows
 

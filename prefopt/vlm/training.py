@@ -39,7 +39,7 @@ def train(config: VlmConfig, kind: Kind, objective: Objective, about: Mapping[st
     """
     if config.reference == "cache" and not objective.needs_reference:
         raise InputError("--reference cache: this objective has no reference")
-    check_start(Path(str(config.output_dir)), config.resume_from_checkpoint)
+    check_start(config)
     loaded, processor = load(config)
     examples = read_examples(config, kind, processor)
     PartialState().print(examples)
@@ -139,6 +139,7 @@ def trainer_of(
         reference_model=frozen_copy(model) if frozen else None,
         groups=groups,
         about=about,
+        rows=train_examples.texts_key(),
     )
     if trainer.is_fsdp_enabled:  # which has the tower's weights at hand in the model's own forward alone
         score.frozen_vision = False

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline
 from launching import ROOT, launch
-from running import CONFIGS, logged, recipe
+from running import logged
 
 from prefopt.diffusion.generator import Generator
 from prefopt.diffusion.sampling import load_generator, load_pipeline
+from prefopt.programs import config_of, find_program
 
 DPO, SFT, VLM_DPO = "recipes/diffusion_dpo.py", "recipes/diffusion_sft.py", "recipes/vlm_dpo.py"
 
@@ -66,7 +67,7 @@ def test_without_arguments_the_pocket_trains(script, tmp_path):
 )
 def test_the_learning_rate_goes_by_what_is_trained(name, lora, full, of_pocket, tmp_path):
     """Guards: all weights trained at a LoRA's learning rate, which destroys the model."""
-    make = getattr(recipe(name), CONFIGS[name])
+    make = config_of(find_program(name))
     options = {"output_dir": str(tmp_path), "dataset_name": "my/data"}
     assert make(model_name_or_path="my/model", **options).learning_rate == lora
     assert make(model_name_or_path="my/model", use_peft=False, **options).learning_rate == full
