@@ -77,7 +77,7 @@ BROKEN = {
     "one image": ({"rejected": [cell(png(1)), None]}, "row 1, column rejected has no image"),
     "undecodable": (
         {"chosen": [cell(png(0)), cell(b"no image")]},
-        "row 1, column chosen: 8 bytes that are no",
+        "row 1, column chosen: no image of",
     ),
     "0 bytes": ({"chosen": [cell(b""), cell(png(0))]}, "row 0, column chosen is an image of 0 bytes"),
     "1 x 1": (

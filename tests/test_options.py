@@ -229,6 +229,7 @@ def test_any_text_is_yaml_or_an_error(text):
         assert str(error).startswith("here")
 
 
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")  # old names
 @FEW
 @given(st.dictionaries(NAMES, VALUES, min_size=1, max_size=2))
 def test_any_options_are_a_config_or_an_error(tmp_path, options):

@@ -107,19 +107,35 @@ def test_candidates_of_another_sampler_than_the_comparison_s_are_named(rounds, t
     assert rounds.other_sampler(rounds.RoundsConfig(**OPTIONS)) == "", "the presets"
 
 
+SCRIPT = """
+import sys
+from dataclasses import dataclass
+from prefopt.options import option
+
+@dataclass
+class Options:
+    a: int = option(1, "A number.", within="[0, 5]")
+
+def run(main, options):
+    open({log!r}, "a").write(sys.argv[-1] + " ")
+    sys.exit(sys.argv[-1] == "bad")
+
+if __name__ == "__main__":
+    run(None, Options)
+"""
+
+
 def scripted_steps(tmp_path, monkeypatch):
     """Runs two steps with these words; each writes its word to a log, and `bad` fails."""
     script, log, config = tmp_path / "script.py", tmp_path / "log", tmp_path / "options.yaml"
-    script.write_text(
-        f"import sys; open({str(log)!r}, 'a').write(sys.argv[-1] + ' '); sys.exit(sys.argv[-1] == 'bad')"
-    )
+    script.write_text(SCRIPT.format(log=str(log)))
     log.touch()
     config.write_text("a: 1")
-    monkeypatch.setattr(steps, "launcher", lambda processes: [sys.executable, str(script)])
+    monkeypatch.setattr(steps, "launcher", lambda processes: [sys.executable])
 
     def run(first, second):
         words = {"sft": first, "compare": second}
-        commands = {name: ["--config", str(config), word] for name, word in words.items()}
+        commands = {name: [str(script), "--config", str(config), word] for name, word in words.items()}
         steps.run_steps(commands, tmp_path / "run", 1)
 
     return run, log, config
@@ -139,6 +155,18 @@ def test_a_step_that_ended_well_is_not_repeated_unless_it_or_one_before_it_chang
     config.write_text("a: 2")
     run("other", "three")
     assert log.read_text().endswith("three other three ")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("a: 7", "--a is 7; it lies in"), ("aa: 1", "'aa' is no option; did you mean a"), ("a: [1]", "a list")],
+)
+def test_the_options_of_all_steps_are_checked_before_the_first_runs(tmp_path, monkeypatch, options, said):
+    run, log, config = scripted_steps(tmp_path, monkeypatch)
+    config.write_text(options)
+    with pytest.raises(InputError, match=f"{config}: .*{said}"):
+        run("one", "two")
+    assert not log.read_text()
 
 
 def test_a_step_that_fails_ends_the_run_and_is_tried_again(tmp_path, monkeypatch):
