@@ -8,6 +8,7 @@ mistake is answered before any is loaded.
 
 import argparse
 import dataclasses
+import io
 import logging
 import os
 import select
@@ -165,6 +166,8 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|diffusers|peft|trl)\.")
     # But of an option that was given under its old name.
     warnings.filterwarnings("default", r"`\w+` is deprecated and will be removed", FutureWarning)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a letter gets its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     with on_signal(interrupt):
         try:
             check_launch()

@@ -224,10 +224,15 @@ def remove_partials(folder: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a crash, sees the old content or the new, nothing between."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(
+            text, encoding="utf-8", errors="surrogateescape"
+        )  # of names that the locale cannot say
 
 
 # Folders
+
+
+IDENTITY = "identity.json"  # of a folder whose content is kept for reruns
 
 
 def check_identity(folder: Path, identity: Mapping[str, object], *, what: str, option: str) -> None:
@@ -235,7 +240,7 @@ def check_identity(folder: Path, identity: Mapping[str, object], *, what: str, o
 
     `what` the folder is called in the message, `option` names the flag that chooses another one.
     """
-    path = folder / "identity.json"
+    path = folder / IDENTITY
     if not os.path.lexists(path):
         write_atomically(path, json.dumps(identity, indent=2, sort_keys=True))
         return

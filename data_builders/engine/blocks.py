@@ -16,7 +16,14 @@ import pyarrow.parquet as pq
 from data_builders.engine.stages import Record
 from data_builders.engine.tables import IMAGES, features
 from prefopt.errors import InputError
-from prefopt.files import check_identity, content_key, remove_partials, replacing, reporting_write_errors
+from prefopt.files import (
+    IDENTITY,
+    check_identity,
+    content_key,
+    remove_partials,
+    replacing,
+    reporting_write_errors,
+)
 
 
 @dataclass(frozen=True)
@@ -33,14 +40,16 @@ class ImageBlocks:
 
     def __init__(self, folder: Path, identity: Mapping[str, object], prompts: list[Record], block_size: int):
         self.folder, self.identity = folder, dict(identity)
-        with reporting_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            check_identity(folder, self.identity, what="folder", option="--output_dir")
-        self.blocks = []
+        self.blocks: list[Block] = []
         for index, start in enumerate(range(0, len(prompts), block_size)):
             chunk = prompts[start : start + block_size]
             key = content_key(json.dumps([self.identity, [r["prompt"] for r in chunk]], sort_keys=True))
             self.blocks.append(Block(index, chunk, folder / f"block-{index:05d}-{key[:16]}.parquet"))
+        if not (folder / IDENTITY).is_file():
+            self._check_strangers()  # before the folder is said to be of this run
+        with reporting_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            check_identity(folder, self.identity, what="folder", option="--output_dir")
         self._check_strangers()
 
     def __getitem__(self, index: int) -> Block:
@@ -74,7 +83,7 @@ class ImageBlocks:
         strangers = sorted(set(self.folder.glob("block-*.parquet")) - ours)
         if strangers:
             raise InputError(
-                f"{self.folder} holds {len(strangers)} blocks of other prompts than this run's, "
+                f"{self.folder} holds {len(strangers)} blocks of other prompts or settings than this run's, "
                 f"{strangers[0].name} the first. Name another --output_dir, or delete those files"
             )
 

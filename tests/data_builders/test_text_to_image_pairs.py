@@ -369,6 +369,16 @@ def test_other_settings_in_the_folder_are_an_error_that_names_both_sides(workpla
         main(settings(workplace, "whole", model_name_or_path=str(tmp_path / "nowhere")))
 
 
+def test_a_folder_that_lost_its_identity_is_not_given_another(workplace):
+    folder = workplace / "unsigned"
+    shutil.copytree(workplace / "whole", folder)
+    (folder / "work" / "images-0" / "identity.json").unlink()
+    with pytest.raises(InputError, match="blocks of other prompts or settings"):
+        main(settings(workplace, "unsigned", seed=5))
+    main(settings(workplace, "unsigned"))
+    assert_identical(folder, workplace / "whole")
+
+
 def test_another_judge_judges_again_and_nothing_is_generated(workplace, tmp_path):
     main(settings(workplace, "rejudged"))
     other = tiny.tiny_clip(tmp_path / "clip", seed=1)

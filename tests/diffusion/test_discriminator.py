@@ -237,10 +237,12 @@ def test_killed_the_discriminator_is_bit_identical_too(adversarial, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_that_accumulates(adversarial, tmp_path):
-    one = {**adversarial, "gradient_accumulation_steps": 2, "output_dir": tmp_path / "one"}
+    # By default Adam makes whole steps of the rounding in gradients that are zero, as those of a key's bias.
+    options = {**adversarial, "adam_epsilon": 1e-5}
+    one = {**options, "gradient_accumulation_steps": 2, "output_dir": tmp_path / "one"}
     running = launch(CPO, one, tmp_path / "log-one")
     assert running.wait() == 0, running.text()
-    torchrun(CPO, {**adversarial, "output_dir": tmp_path / "two"})
+    torchrun(CPO, {**options, "output_dir": tmp_path / "two"})
     for file in (ADAPTER_FILE, f"{FOLDER}/{WEIGHTS_FILE}"):
         first, second = (load_file(tmp_path / run / file) for run in ("one", "two"))
         for name, value in first.items():
