@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset
+from datasets import Dataset, config
 from datasets.exceptions import DatasetsError
 
 from prefopt.errors import InputError
@@ -52,14 +52,15 @@ def read_tables(files: Sequence[Path], state: str) -> Dataset:
 
 def check_cache(error: BaseException | None) -> None:
     """InputError if it was datasets' own cache that failed, and not the table."""
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache = Path(config.HF_DATASETS_CACHE)
     while error is not None:
-        place = Path(str(error.filename)) if isinstance(error, OSError) and error.filename else None
-        if place and (place.is_relative_to(cache) or cache.is_relative_to(place)):
-            raise InputError(
-                f"could not write the cache of tables {cache}: {error}. {advice(error.errno)} in the "
-                "environment variable HF_DATASETS_CACHE"
-            ) from error
+        if isinstance(error, OSError) and error.filename:
+            place = Path(str(error.filename))
+            if place.is_relative_to(cache) or cache.is_relative_to(place):
+                raise InputError(
+                    f"could not write the cache of tables {cache}: {error}. {advice(error.errno)} in the "
+                    "environment variable HF_DATASETS_CACHE"
+                ) from error
         error = error.__cause__ or error.__context__
 
 

@@ -16,14 +16,14 @@ from builds import contents
 from launching import ROOT, arguments, launch
 from pictures import write_ranked
 from processes import run_two, shard, start_two
-from running import CONFIGS, logged, recipe
+from running import logged, recipe
 from safetensors.torch import load_file
 from tiny import tiny_clip
 from tiny_vlm import LLAVA_1_5, PEFT_ON_TRANSFORMERS_5, tiny_llava, vision_pairs
 
 from prefopt.config import PreferenceConfig
 from prefopt.errors import InputError
-from prefopt.programs import FAILED, PRESETS
+from prefopt.programs import FAILED, PRESETS, config_of, find_program
 from prefopt.sharding import check_sharding
 
 DPO = recipe("diffusion_dpo")
@@ -110,7 +110,7 @@ def test_what_a_recipe_cannot_share_out_is_refused(name, options, said, tmp_path
     for key, value in FSDP.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(PreferenceConfig, "check_shards", lambda self: None)
-    config = getattr(recipe(name), CONFIGS[name])
+    config = config_of(find_program(name))
     with pytest.raises(InputError, match=said):
         config(model_name_or_path="pocket", dataset_name=str(tmp_path), output_dir=str(tmp_path), **options)
 
