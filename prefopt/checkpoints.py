@@ -93,6 +93,8 @@ class CheckpointingTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
         finally:
             args.push_to_hub, args.save_total_limit, self._staging = pushes, limit, None
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(checkpoint)  # not where it was staged; in every process
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             with reporting_write_errors(checkpoint):
@@ -102,8 +104,7 @@ class CheckpointingTrainer(Trainer):
             self._push_from_checkpoint(str(checkpoint))
 
     def _publish(self, staged: Path, checkpoint: Path) -> None:
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(checkpoint)
+        if self.state.best_model_checkpoint == str(checkpoint):
             self.state.save_to_json(str(staged / "trainer_state.json"))
         if checkpoint.exists():  # of an earlier run; deleted in its place, it could be left in halves
             os.rename(checkpoint, staged.with_name("replaced"))

@@ -181,7 +181,7 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
             sys.exit(_say("error: what read this program's output has ended, as `head` does", FAILED))
         except KeyboardInterrupt as end:
             code = end.code if isinstance(end, Interrupted) else INTERRUPTED
-            kept = "what is finished is kept, and the same command goes on"
+            kept = f"what is finished is kept, and the same command {_resuming(config_class)}goes on"
             sys.exit(_say(f"interrupted: {str(end) or kept}", code))
 
 
@@ -197,8 +197,13 @@ def _run(main: Callable[[Any], object], config: Any) -> None:
         except RuntimeError as error:
             if not has_lost_a_process(error):
                 raise
-            again = "with --resume_from_checkpoint " if hasattr(config, "resume_from_checkpoint") else ""
-            sys.exit(_say(f"error: {LOST_MESSAGE} The same command {again}goes on.", FAILED))
+            message = f"error: {LOST_MESSAGE} The same command {_resuming(config)}goes on."
+            sys.exit(_say(message, FAILED))
+
+
+def _resuming(config: Any) -> str:
+    """What has to be added to a training's command."""
+    return "with --resume_from_checkpoint " if hasattr(config, "resume_from_checkpoint") else ""
 
 
 def busy_machine() -> str:

@@ -37,7 +37,8 @@ def summary(program: Path) -> str:
 
 def config_of(program: Path) -> type:
     """The dataclass of a program's options, which it hands to `run`."""
-    calls = [node for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, ast.Call)]
+    nodes = ast.walk(ast.parse(program.read_text(encoding="utf-8")))
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
     name = next(ast.unparse(call.args[1]) for call in calls if ast.unparse(call.func) == "run")
     return getattr(load(program), name)
 

@@ -59,6 +59,8 @@ def find_checkpoint(output_dir: Path, wanted: str | bool) -> str | None:
         found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if found:
         _check(Path(found))
+        if Path(found).resolve().parent != output_dir.resolve():
+            refuse_earlier_run(output_dir)
     return found
 
 

@@ -35,6 +35,7 @@ _FREE |= {"validation_guidance_scale", "dataset_test_split"}
 _FREE |= {"members", "average_rank"}  # a member's own options are the run's
 # And those that name a place, or the rows of it: a place may be moved, and its content is compared.
 _FREE |= {"model_name_or_path", "adapter_name_or_path", "discriminator_name_or_path"}
+_FREE |= {"model_revision", "dataset_revision", "variant"}
 _FREE |= {"dataset_name", "dataset_config", "dataset_train_split", "max_train_samples", "test_fraction"}
 _FREE |= {"test_size", "split_seed"}
 
@@ -51,18 +52,34 @@ def check_made_of(checkpoint: str | Path, made_of: Mapping[str, Any]) -> None:
     _check(checkpoint, "made_of", made_of)
 
 
-def frozen_key(*models: nn.Module | None) -> str:
-    """The SHA-256 over a sample of every weight that no step changes, of models whose adapters are left out.
+def base_key(model: nn.Module, reference: nn.Module | None, *, needs_reference: bool) -> str:
+    """The key of the weights that a run starts from and no step changes, see `sampled_key`.
+
+    They are those around the adapters; of a model without any, whose checkpoints hold all weights, those of
+    the reference, which are the model's own before its first step.
+    """
+    adapted = any(_is_policy(name) for name, _ in model.named_parameters())
+    if adapted or not needs_reference:
+        return sampled_key(model, reference, only_frozen=True)
+    return sampled_key(reference or model)
+
+
+def sampled_key(*models: nn.Module | None, only_frozen: bool = False) -> str:
+    """The SHA-256 over a sample of every weight.
 
     It takes no time to speak of, and two models that were trained in any way differ in it.
     """
     digest = hashlib.sha256()
     for model in filter(None, models):
         for name, value in model.named_parameters():
-            if not value.requires_grad and value.is_floating_point() and f".{POLICY}." not in name:
+            if value.is_floating_point() and not (only_frozen and (value.requires_grad or _is_policy(name))):
                 sample = value.detach().flatten()[:SAMPLE].cpu().double()
                 digest.update(f"{name} {tuple(value.shape)} {sample.tolist()}\n".encode())
     return digest.hexdigest()
+
+
+def _is_policy(name: str) -> bool:
+    return f".{POLICY}." in name
 
 
 def _check(checkpoint: str | Path, part: str, now: Mapping[str, Any]) -> None:
@@ -77,6 +94,6 @@ def _check(checkpoint: str | Path, part: str, now: Mapping[str, Any]) -> None:
     if changed:
         told = ", ".join(f"{name} {before[name]} (now {now[name]})" for name in changed)
         raise InputError(
-            f"{checkpoint} is of a run with {told}: continue it with what it had, or start another run in "
-            "another --output_dir"
+            f"{checkpoint} is of a run with {told}: continue it with what it had, or start another run, in "
+            "another --output_dir and without --resume_from_checkpoint"
         )

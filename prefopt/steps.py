@@ -1,6 +1,5 @@
 """Recipes that are several commands, one after the other: each is printed, and none is done twice."""
 
-import hashlib
 import json
 import shlex
 import signal
@@ -15,7 +14,7 @@ import psutil
 from prefopt import pocket
 from prefopt.cli import Parser
 from prefopt.errors import InputError
-from prefopt.files import write_atomically
+from prefopt.files import content_key, write_atomically
 from prefopt.interrupts import Interrupted
 from prefopt.options import check_values
 from prefopt.programs import config_of, find_config
@@ -62,7 +61,7 @@ def run_steps(steps: Mapping[str, Sequence[str]], folder: Path, processes: int) 
     for name, command in steps.items():
         words = [*launcher(processes), *command]
         options = Path(command[command.index("--config") + 1]).read_text()
-        keys.append(hashlib.sha256(json.dumps([words, options, *keys]).encode()).hexdigest())
+        keys.append(content_key(json.dumps([processes, *command, options, *keys])))
         done, begun = folder / f"{name}.done", folder / f"{name}.begun"
         if _read(done) == keys[-1]:
             print(f"{folder}: {name} is done", flush=True)

@@ -7,6 +7,7 @@ finished ones, and any number of processes may write side by side.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -96,7 +97,7 @@ class TensorStore:
 
     def _opened(self, shard: Path) -> safe_open:
         """A shard of this store; a damaged one, or one of another store, is an InputError."""
-        if not shard.exists():
+        if not os.path.lexists(shard):
             raise InputError(f"{shard} was removed meanwhile: run the same command again")
         handle = open_tensors(shard, AGAIN)
         about = (handle.metadata() or {}).get(ABOUT, "")

@@ -34,7 +34,7 @@ from prefopt.objectives import Batch, Loss, Objective, Scored
 from prefopt.reference import cache_reference, reference_model
 from prefopt.resuming import find_checkpoint, read_state
 from prefopt.runs import Ema, Interrupt, MetricsFile, Progress, refuse_earlier_run, write_config
-from prefopt.same_run import check_made_of, check_options, frozen_key
+from prefopt.same_run import base_key, check_made_of, check_options
 from prefopt.scores import AnyScore, check_extras, check_scored, not_finite
 from prefopt.sharding import check_sharding, load_whole_models, prepare_fsdp
 from prefopt.visits import by_visit, collate
@@ -52,11 +52,11 @@ class PreferenceTrainer(CheckpointingTrainer):
     `prepare(model, batch)` computes what both need of a batch and no training changes. Examples with equal
     entries in `groups` are read one after another. `apart` gives parts of the model, by their names in it, a
     learning rate of their own; their gradients are clipped apart, too. `about` goes into config.json:
-    conventions that the options do not tell. `rows` is a text that changes when the content of the dataset
-    does: a run that is resumed on others is an InputError. A plain torch module is saved as
-    model.safetensors, a model of transformers or peft as its library does, and any other implements
-    `checkpoints.SavesItself`. InputError for a dataset that cannot be read so, a model that cannot be saved,
-    or an objective that needs what `score` cannot give.
+    conventions that the options do not tell. `made_of` are texts by name that change with what the weights
+    depend on besides, as the content of the dataset: a run that is resumed with others is an InputError. A
+    plain torch module is saved as model.safetensors, a model of transformers or peft as its library does, and
+    any other implements `checkpoints.SavesItself`. InputError for a dataset that cannot be read so, a model
+    that cannot be saved, or an objective that needs what `score` cannot give.
     """
 
     model: nn.Module
@@ -78,7 +78,7 @@ class PreferenceTrainer(CheckpointingTrainer):
         groups: Sequence[Hashable] | None = None,
         apart: Mapping[str, float] | None = None,
         about: Mapping[str, str] | None = None,
-        rows: str | None = None,
+        made_of: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
         check_extras(objective, score, model)
@@ -86,7 +86,9 @@ class PreferenceTrainer(CheckpointingTrainer):
         self.score, self.objective, self.batch_metrics = score, objective, metrics
         self.prepare_batch, self.groups = prepare, groups
         self.reference_model, self.apart = reference_model, dict(apart or {})
-        self.about, self.rows = dict(about or {}), rows
+        self.about = dict(about or {})
+        base = base_key(model, reference_model, needs_reference=objective.needs_reference)
+        self.made_of = {"weights at the start (SHA-256)": base, **(made_of or {})}
         self.metrics_file: MetricsFile | None = None
         self._sums: dict[str, Tensor] = {}  # name -> (sum of values, sum of weights) since the last log
         kwargs.setdefault("data_collator", collate)
@@ -188,7 +190,7 @@ class PreferenceTrainer(CheckpointingTrainer):
         with reporting_write_errors(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(output_dir / STAGING, ignore_errors=True)  # what a killed run left half-written
-            made_of = self._made_of()
+            made_of = {"examples a step": self.args.global_batch, **self.made_of}
             if checkpoint:
                 check_made_of(checkpoint, made_of)
             else:
@@ -198,12 +200,6 @@ class PreferenceTrainer(CheckpointingTrainer):
             steps = read_state(checkpoint).global_step if checkpoint else 0
             self.metrics_file = MetricsFile(output_dir, after=steps)
         print(self.arithmetic(), flush=True)
-
-    def _made_of(self) -> dict[str, Any]:
-        """What the weights depend on besides the options."""
-        frozen = frozen_key(self.model, self.reference_model)
-        made_of = {"examples a step": self.args.global_batch, "frozen weights (SHA-256)": frozen}
-        return made_of | ({"rows (SHA-256)": self.rows} if self.rows else {})
 
     def _checkpoint(self, output_dir: Path, wanted: str | bool | None) -> str | None:
         if not wanted:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from launching import die_at_save, launch, torchrun
 from pictures import write_pairs
+from processes import run_two
 from running import logged
 
 from prefopt.checkpoints import CheckpointingTrainer
@@ -210,3 +211,19 @@ def test_two_processes_resume_within_an_epoch(setting, tmp_path):
     through = logged(folder)
     torchrun(DPO, {**options, "output_dir": folder, "resume_from_checkpoint": folder / "checkpoint-4"})
     assert logged(folder) == pytest.approx(through, abs=1e-6)
+
+
+def test_two_processes_end_with_the_best_weights(setting, tmp_path):
+    """Guards: a second process that looks for the best checkpoint where the first had staged it."""
+    data, folder = Path(write_pairs(tmp_path / "data", 12)), tmp_path / "run"
+    Path(write_pairs(tmp_path / "other", 5), "train.parquet").rename(data / "test.parquet")
+    options = {**setting, "dataset_name": data, "dataset_test_split": "test", "early_stopping_patience": 9}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"learning_rate": 0.6, "lr_scheduler_type": "constant", "save_total_limit": 1}
+    options |= {"per_device_train_batch_size": 2, "max_steps": 3, "output_dir": folder}
+    run_two(DPO, options, tmp_path / "log")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    best = folder / f"checkpoint-{1 + measured.index(min(measured))}"
+    assert (folder / ADAPTER_FILE).read_bytes() == (best / ADAPTER_FILE).read_bytes()
+    assert len(measured) == 3 and (folder / "checkpoint-3").is_dir()

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from prefopt.errors import InputError
 from prefopt.hub import ADAPTER_FILE
 from prefopt.programs import RECIPES, config_of, programs
-from prefopt.same_run import _DECIDING, _FREE, frozen_key
+from prefopt.same_run import _DECIDING, _FREE, base_key
 
 TRAININGS = ("diffusion_cpo", "diffusion_dpo", "diffusion_sft", "discriminator")
 TRAININGS += ("vlm_dpo", "vlm_qlora_ensemble", "vlm_sft")
@@ -84,21 +84,66 @@ def test_a_model_that_was_replaced_is_an_error(setting, tmp_path):
     train(setting, tmp_path / "run", **EVERY_STEP | options)
     file = next((model / "unet").glob("*.safetensors"))
     save_file({name: value * 1.01 for name, value in load_file(file).items()}, file)
-    with pytest.raises(InputError, match=r"checkpoint-2 is of a run with frozen weights \(SHA-256\) \w+"):
+    with pytest.raises(InputError, match=r"checkpoint-2 is of a run with weights at the start \(SHA"):
         train(setting, tmp_path / "run", **AGAIN | options | {"max_steps": 3})
+
+
+def test_all_weights_are_compared_with_one_reference(setting, tmp_path):
+    """Of a full fine-tuning the checkpoint holds the weights, and the base model is the reference."""
+    model, options = tmp_path / "model", {**EVERY_STEP, "use_peft": False, "cache_dir": str(tmp_path / "c")}
+    shutil.copytree(setting["model_name_or_path"], model)
+    options |= {"model_name_or_path": str(model)}
+    train(setting, tmp_path / "run", **options, max_steps=1)
+    train(setting, tmp_path / "run", **AGAIN | options, max_steps=2, reference="cache")
+    file = next((model / "unet").glob("*.safetensors"))
+    save_file({name: value * 1.01 for name, value in load_file(file).items()}, file)
+    for reference in ("cache", "live"):
+        with pytest.raises(InputError, match=r"checkpoint-2 is of a run with weights at the start \(SHA"):
+            train(setting, tmp_path / "run", **AGAIN | options, max_steps=3, reference=reference)
+
+
+def test_another_vae_is_an_error_with_or_without_a_cache(setting, begun, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(setting["model_name_or_path"], model)
+    file = next((model / "vae").glob("*.safetensors"))
+    save_file({name: value * 1.01 for name, value in load_file(file).items()}, file)
+    shutil.copytree(begun, tmp_path / "run")
+    other = {"model_name_or_path": str(model), "encode": "live", "max_steps": 3}
+    with pytest.raises(InputError, match=r"checkpoint-2 is of a run with VAE and text encoders \(SHA"):
+        train(setting, tmp_path / "run", **AGAIN | other)
+
+
+def test_a_checkpoint_of_another_run_starts_in_an_empty_folder(setting, begun, tmp_path):
+    train(
+        setting,
+        tmp_path / "new",
+        **EVERY_STEP,
+        max_steps=3,
+        resume_from_checkpoint=str(begun / "checkpoint-2"),
+    )
+    with pytest.raises(InputError, match="holds checkpoint-3 of an earlier run"):
+        train(setting, tmp_path / "new", **EVERY_STEP, resume_from_checkpoint=str(begun / "checkpoint-2"))
 
 
 def test_the_key_of_frozen_weights_leaves_trained_ones_out():
     def model(frozen: float, trained: float) -> nn.Module:
         made = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         nn.init.constant_(made[0].requires_grad_(False).weight, frozen)
-        nn.init.zeros_(made[0].bias)
+        for layer in made:
+            nn.init.zeros_(layer.bias)
         nn.init.constant_(made[1].weight, trained)
         return made
 
-    assert frozen_key(model(1.0, 2.0), None) == frozen_key(model(1.0, 3.0), None)
-    assert len({frozen_key(model(value, 2.0)) for value in (1.0, 1.001)}) == 2
-    assert frozen_key(model(1.0, 2.0)) != frozen_key(model(1.0, 2.0), model(1.0, 2.0))
+    def key(*models: nn.Module, needs_reference: bool = False) -> str:
+        return base_key(models[0], models[1] if models[1:] else None, needs_reference=needs_reference)
+
+    assert key(model(1.0, 2.0)) == key(model(1.0, 3.0))
+    assert len({key(model(value, 2.0)) for value in (1.0, 1.001)}) == 2
+    # A reference that is a frozen copy, or was cached, is the model as it was before its first step.
+    assert key(model(1.0, 2.0), model(1.0, 2.0), needs_reference=True) == key(
+        model(1.0, 2.0), needs_reference=True
+    )
+    assert key(model(1.0, 2.0), needs_reference=True) != key(model(1.0, 3.0), needs_reference=True)
 
 
 def test_every_name_is_an_option():

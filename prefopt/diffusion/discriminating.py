@@ -66,12 +66,13 @@ def train_discriminator(
     examples, held_out = (encode_candidates(encoder, table, **chances) for table in tables)
     first = examples[0, 0]
     torch.manual_seed(config.seed)
+    latents = latents_identity(pipeline, family)
     model = Discriminator(
         first["latents"].shape[1],
         first["conditioning"]["embeddings"].shape[-1],
         widths,
         spectral=spectral,
-        latents=latents_identity(pipeline, family),
+        latents=latents,
         base_model=images.model_name_or_path,
         base_revision=revision,
         base_variant=images.variant,
@@ -83,7 +84,7 @@ def train_discriminator(
         score=DiscriminatorScore(r1_gamma),
         objective=discriminating(),
         train_dataset=examples,
-        rows=tables[0].key(),
+        made_of={"rows (SHA-256)": tables[0].key(), "latents": latents},
         about={"loss": "softplus(-d) of images of rank 1 and softplus(d) of the others, half each"},
     )
     trainer.train()

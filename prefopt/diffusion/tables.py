@@ -103,8 +103,8 @@ class Table:
 
     def key(self) -> str:
         """The SHA-256 over the examples: prompts, images, ranks and labels."""
-        columns = [self.column(name) for name in ("prompt", "sha256", "ranks", "p_chosen")]
-        return lines_key(map(repr, zip(*columns, strict=True)))
+        facts = self.facts.select_columns(["prompt", "sha256", "ranks", "p_chosen"])
+        return lines_key(repr(list(row.values())) for row in _rows(facts))
 
     def column(self, name: str, rows: Sequence[int] | None = None) -> Iterator[Any]:
         """The values of a column of `facts`, of these rows (default: all), one after another.

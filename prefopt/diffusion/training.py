@@ -29,6 +29,7 @@ from prefopt.files import text_lines
 from prefopt.objectives import Objective, Scored, with_discriminator
 from prefopt.reference import frozen_copy
 from prefopt.resuming import check_start
+from prefopt.same_run import sampled_key
 from prefopt.trainer import PreferenceTrainer
 
 
@@ -57,7 +58,7 @@ def train(
         state.print(
             "this run reads no example twice: --encode live would encode each in its step and keep nothing"
         )
-    pipeline, denoiser, (examples, *held_out), encode_in_step = prepare(config, tables)
+    pipeline, denoiser, (examples, *held_out), encode_in_step, around = prepare(config, tables)
     frozen = objective.needs_reference and not config.use_peft and config.reference == "live"
     adversarial = config.discriminator_mode == "adversarial"
     trainer = PreferenceTrainer(
@@ -72,7 +73,7 @@ def train(
         reference_model=frozen_copy(denoiser) if frozen else None,
         apart={"discriminator": config.discriminator_learning_rate} if adversarial else {},
         about=about(denoiser.schedule.prediction),
-        rows=tables[0].key(),
+        made_of={"rows (SHA-256)": tables[0].key(), **around},
     )
     if config.validation_prompts:
         trainer.add_callback(_validation(config, trainer, pipeline, denoiser.family))
@@ -102,6 +103,7 @@ class Prepared(NamedTuple):
     denoiser: Denoiser  # of the pipeline
     examples: Sequence[Candidates]  # of each table
     encode_in_step: EncodeInStep | None  # None: the examples are encoded
+    around: Mapping[str, str]  # the keys of what the weights depend on around the denoiser
 
 
 def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> Prepared:
@@ -117,6 +119,8 @@ def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> Prepared:
     torch.manual_seed(config.seed)  # a fresh adapter's random factor is the same on every process
     make_trainable(denoiser.network, pipeline, config, denoiser.family.lora_targets)
     encoder = encoder_of(config, config, pipeline, denoiser.family)
+    frozen = [getattr(pipeline, part) for part in _frozen(denoiser.family)]
+    around = {"VAE and text encoders (SHA-256)": sampled_key(*frozen), **denoiser.schedule.identity}
     train_table, *others = tables
     if config.encode == "live":
         make, rows = partial(LiveCandidates, encoder=encoder), {}
@@ -128,13 +132,14 @@ def prepare(config: DiffusionConfig, tables: Sequence[Table]) -> Prepared:
         *(make(table=table, **chances) for table in others),
     ]
     if config.encode == "live":
-        return Prepared(pipeline, denoiser, examples, EncodeInStep(encoder))
+        return Prepared(pipeline, denoiser, examples, EncodeInStep(encoder), around)
     if config.validation_prompts:
-        for part in _frozen(denoiser.family):
-            getattr(pipeline, part).to("cpu")
+        for part in frozen:
+            part.to("cpu")
     else:
+        del frozen
         free(pipeline, denoiser.family)
-    return Prepared(pipeline, denoiser, examples, None)
+    return Prepared(pipeline, denoiser, examples, None, around)
 
 
 def _base(config: DiffusionConfig, **options: Any) -> Any:

@@ -59,7 +59,7 @@ def image_places(cells: pyarrow.ChunkedArray) -> list[list[str | bytes]]:
             for name in ("bytes", "path")
         )
         both = zip(_beginnings(content), path.to_pylist(), strict=True)
-        places = iter([stored or path or b"" for stored, path in both])
+        places = iter([(path or b"") if stored is None else stored for stored, path in both])
     elif _is_path(found.type):
         places = iter([path or "" for path in found.to_pylist()])
     else:

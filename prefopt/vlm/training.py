@@ -139,7 +139,7 @@ def trainer_of(
         reference_model=frozen_copy(model) if frozen else None,
         groups=groups,
         about=about,
-        rows=train_examples.texts_key(),
+        made_of={"texts of the rows (SHA-256)": train_examples.texts_key()},
     )
     if trainer.is_fsdp_enabled:  # which has the tower's weights at hand in the model's own forward alone
         score.frozen_vision = False

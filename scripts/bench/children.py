@@ -16,7 +16,8 @@ GROUPS = Path("/sys/fs/cgroup")
 def memory_limit(megabytes: int | None) -> Iterator[Path | None]:
     """A control group of Linux whose processes get no more memory, pages of files included; needs root.
 
-    A process that needs more is killed; pages of files are dropped and read again. None: no group.
+    A process that needs more is killed; pages of files are dropped and read again. Swap is not limited. None:
+    no group.
     """
     if megabytes is None:
         yield None

@@ -270,7 +270,7 @@ PARQUET: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "structs of text": (
         _table(prompt=AB, chosen=pyarrow.array([{"bytes": "x", "path": "y"}] * 2), rejected=REJECTED),
-        (),
+        ("chosen",),
     ),
     "structs of numbers": (
         _table(prompt=AB, chosen=pyarrow.array([{"bytes": 1, "path": 2}] * 2), rejected=REJECTED),
