@@ -309,8 +309,8 @@ def test_pictures_are_judged_as_a_person_sees_them(tmp_path):
     (row,) = table(tmp_path / "out", "pairs")
     assert row["chosen_scores"] == pytest.approx([1.0]) and row["rejected_scores"] == pytest.approx([-1.0])
     assert row["chosen"]["bytes"] == turned and row["rejected"]["bytes"] == clear
-    broken = write_pairs(tmp_path / "q", 2, chosen=[cell(png(0)), cell(b"no image")])
-    with pytest.raises(InputError, match="row 1, column chosen: 8 bytes that are no readable image"):
+    broken = write_pairs(tmp_path / "q", 2, chosen=[cell(png(0)), cell(png(1)[:50])])
+    with pytest.raises(InputError, match="row 1, column chosen: 50 bytes that are no readable image"):
         build(settings(tmp_path / "out", dataset_name=broken, judges=["red"]), Colour(0))
 
 

@@ -224,9 +224,9 @@ def test_a_stale_cache_is_an_error(stable_diffusion, stable_diffusion_v, table, 
 
 
 def test_an_image_that_cannot_be_decoded_is_named(stable_diffusion, tmp_path):
-    chosen = [cell(png(0)), cell(b"no image at all"), cell(png(2))]
+    chosen = [cell(png(0)), cell(png(1)[:50]), cell(png(2))]
     folder = write_pairs(tmp_path / "p", 3, chosen=chosen)
-    said = r"p: row 1, column chosen: 15 bytes that are no readable image"
+    said = r"p: row 1, column chosen: 50 bytes that are no readable image"
     with pytest.raises(InputError, match=said):
         encoder(stable_diffusion, tmp_path / "cache").images(read_preferences(folder), mirrored=False)
 
