@@ -270,6 +270,7 @@ def test_a_full_disk_is_named_and_loses_nothing(workplace, monkeypatch):
     [
         ({"classes": []}, "--classes is"),
         ({"classes": ["lion", "lion"]}, "--classes names 'lion' twice"),
+        ({"classes": ["lion."]}, "a class is a name as it stands within a prompt: write lion"),
         ({"exports": ["sft", "all"]}, "--exports all is unknown"),
         ({"detection_threshold": 0.0}, r"--detection_threshold is 0\.0"),
         ({"candidates": 2, "sources": ["a", "b", "c"]}, "3 --sources for 2 --candidates"),

@@ -185,6 +185,7 @@ def test_a_rubric_that_cannot_be_is_an_error(tmp_path, items, message):
             r"broken\.yaml, question 2 \(shown\): the text has \{promt\}, .* write \{class\} or \{prompt\}",
         ),
         ("- {name: a, text: 'A { prompt }?', polarity: positive}", r"the text has \{ prompt \}"),
+        ("- {name: a, text: 'Is { there?', polarity: positive}", r"the text has \{, and nothing"),
         ("- {name: a, text: Ask, polarity: good}", "polarity is 'good'"),
         ("- {name: a, text: Ask, polarity: positive, weight: -1}", "the weight is -1"),
         ("- {name: a, text: Ask, polarity: positive, wieght: 1}", "unknown entry 'wieght'"),
