@@ -20,7 +20,7 @@ def test_a_sample_of_the_campaign(tmp_path):
     ("program", "options", "last"),
     [
         ("kill", ["--rounds", "1", "--most", "2"], " kills of 1 programs in 1 rounds: 0 at fault"),
-        ("disk", ["--writes", "2"], " right    0 at fault"),
+        pytest.param("disk", ["--writes", "2"], " right    0 at fault", marks=pytest.mark.slow),
     ],
 )
 def test_a_sample_of_kills_and_of_failing_disks(program, options, last, tmp_path):
