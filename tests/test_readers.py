@@ -54,7 +54,7 @@ def few(count: int) -> Any:
     )
 
 
-def rows_or_an_error(read: Callable[[str], Any], file: Path) -> None:
+def assert_rows_or_an_error(read: Callable[[str], Any], file: Path) -> None:
     """Either some rows, or one short message that names the file."""
     try:
         rows, said = len(read(str(file))), ""
@@ -76,7 +76,7 @@ def test_any_values_in_any_column(tmp_path: Path, records: list[dict], read: Any
     else:
         text = json.dumps(records) if ending == "json" else "\n".join(map(json.dumps, records))
     file.write_text(text, encoding="utf-8")
-    rows_or_an_error(read, file)
+    assert_rows_or_an_error(read, file)
 
 
 TEXT = some.text(some.sampled_from(string.printable + '{}[]":,\0\ufeff\u2028'), max_size=30)
@@ -92,7 +92,7 @@ TEXT = some.text(some.sampled_from(string.printable + '{}[]":,\0\ufeff\u2028'), 
 def test_any_bytes_in_a_file(tmp_path: Path, content: bytes, ending: str) -> None:
     file = tmp_path / f"table.{ending}"
     file.write_bytes(content)
-    rows_or_an_error(read_preferences, file)
+    assert_rows_or_an_error(read_preferences, file)
 
 
 @few(40)
