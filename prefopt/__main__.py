@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import version
 
 from prefopt.errors import InputError
+from prefopt.interrupts import is_unread
 from prefopt.programs import BAD_INPUT, BUILDERS, PRESETS, RECIPES, find_program, programs, summary
 
 
@@ -18,7 +19,10 @@ def main() -> None:
         print(f"prefopt {version('prefopt')}")
         return
     if words[0] in ("-h", "--help"):
-        print(listing())
+        try:
+            print(listing(), flush=True)
+        except BrokenPipeError:  # `| head` has read what it wanted
+            is_unread()
         return
     try:
         program = find_program(words[0])

@@ -11,7 +11,6 @@ import dataclasses
 import io
 import logging
 import os
-import select
 import sys
 import warnings
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from transformers import HfArgumentParser
 
 from prefopt.errors import InputError
 from prefopt.files import exclusive_lock
-from prefopt.interrupts import Interrupted, has_lost_a_process, interrupt, on_signal
+from prefopt.interrupts import UNREAD, Interrupted, has_lost_a_process, interrupt, is_unread, on_signal
 from prefopt.options import COMMON_OPTIONS, option_types, shown
 from prefopt.programs import BAD_INPUT, FAILED, INTERRUPTED, find_config
 from prefopt.yaml_files import read_yaml
@@ -176,9 +175,9 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
             logging.getLogger(__name__).debug("bad input", exc_info=True)
             sys.exit(_say(f"error: {error}", BAD_INPUT))
         except BrokenPipeError:
-            if not _is_unread():
+            if not is_unread():
                 raise
-            sys.exit(_say("error: what read this program's output has ended, as `head` does", FAILED))
+            sys.exit(_say(UNREAD, FAILED))
         except KeyboardInterrupt as end:
             code = end.code if isinstance(end, Interrupted) else INTERRUPTED
             kept = f"what is finished is kept, and the same command {_resuming(config_class)}goes on"
@@ -277,17 +276,6 @@ def _say(message: str, code: int) -> int:
         progress.close_bars()
     print(message, file=sys.stderr, flush=True)
     return code
-
-
-def _is_unread() -> bool:
-    """Whether nothing reads the output any more; if so, what is still to be printed goes nowhere."""
-    if sys.stdout is None:  # it was closed from the start
-        return False
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    if broken := bool(output.poll(0)):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return broken
 
 
 def _own_fields(config_class: type) -> set[str]:

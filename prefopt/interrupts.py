@@ -3,7 +3,10 @@
 A signal is one wish to end, though launchers and schedulers may send it several times at once.
 """
 
+import os
+import select
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +16,8 @@ LOST = ("/gloo/transport/", "remote process exit", "Connection was likely closed
 # Seconds: a scheduler signals every process, a launcher hands the signal on, and Python hears of a signal
 # only when a long call, such as one that writes a file, is over.
 TOGETHER = 5.0
+
+UNREAD = "error: what read this program's output has ended, as `head` does"
 
 _last = -TOGETHER
 
@@ -59,3 +64,14 @@ def begin_worker(then: Callable[[int], None] | None, number: int) -> None:
 def has_lost_a_process(error: Exception) -> bool:
     """Whether this process waited for another one, which has ended or cannot be reached."""
     return any(part in str(error) for part in LOST)
+
+
+def is_unread() -> bool:
+    """Whether nothing reads the output any more; if so, what is still to be printed goes nowhere."""
+    if sys.stdout is None:  # it was closed from the start
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if broken := bool(output.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return broken

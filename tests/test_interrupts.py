@@ -111,6 +111,16 @@ def test_a_step_of_several_is_told_of_the_end_and_waited_for(tmp_path):
     assert (tmp_path / "kept").exists()
 
 
+def test_a_list_of_which_only_the_beginning_is_read_ends_in_silence():
+    code = "import sys, prefopt.__main__ as p; sys.argv[1:] = ['--help']; sys.stdin.read(); p.main()"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        said = process.stderr.read()
+    assert process.returncode == 0 and not said
+
+
 def test_output_that_nobody_reads_ends_in_a_message(tmp_path):
     """Guards: a traceback after `| head -1`."""
     code = (
